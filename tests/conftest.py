@@ -1,0 +1,33 @@
+"""Every test: seeded, offline, quiet, and leaving nothing behind."""
+
+import os
+
+# Read when torch and the Hugging Face libraries are imported, so set before either is.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["NO_COLOR"] = "1"
+os.environ["COLUMNS"] = "200"
+
+import socket
+
+import pytest
+import torch
+
+_CONNECT = socket.socket.connect
+
+
+def _loopback_only(self, address):
+    """Refuse any connection that would leave this machine."""
+    if self.family in (socket.AF_INET, socket.AF_INET6):
+        host = address[0]
+        if not (host == "localhost" or host == "::1" or host.startswith("127.")):
+            raise AssertionError(f"a test tried to reach {host}")
+    return _CONNECT(self, address)
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_offline(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(socket.socket, "connect", _loopback_only)
