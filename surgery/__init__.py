@@ -1,3 +1,42 @@
-"""Edit released language models so that harmful fine-tuning becomes hard, and measure whether it did."""
+"""Edit released language models so that harmful fine-tuning becomes hard, and measure whether it did.
+
+    import surgery
+    outcome = surgery.apply(surgery.LoX(rank=6, alpha=1.5), base="demo:base", model="demo:aligned", output="out")
+
+Names are resolved when they are first used, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "apply": "surgery.pipeline",
+    "prepare": "surgery.pipeline",
+    "Outcome": "surgery.pipeline",
+    "Options": "surgery.options",
+    "LoX": "surgery.methods.lox",
+    "verify": "surgery.verification",
+    "SurgeryError": "surgery.errors",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+if TYPE_CHECKING:
+    from surgery.errors import SurgeryError as SurgeryError
+    from surgery.methods.lox import LoX as LoX
+    from surgery.options import Options as Options
+    from surgery.pipeline import Outcome as Outcome
+    from surgery.pipeline import apply as apply
+    from surgery.pipeline import prepare as prepare
+    from surgery.verification import verify as verify
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,9 +5,14 @@ Every message says what was found, what was needed and what to do, in one line.
 
 
 class SurgeryError(Exception):
-    """Something the user can act on; the command prints it in one line and exits with `exit_code`."""
+    """Something the user can act on; the command prints it in one line and exits with `exit_code`.
+
+    Attributes:
+        resumable: The same command may succeed later, so what is half done is kept for it.
+    """
 
     exit_code = 3
+    resumable = False
 
 
 class CheckError(SurgeryError):
@@ -32,12 +37,14 @@ class ResourceError(SurgeryError):
     """Not enough memory or disk (exit 4)."""
 
     exit_code = 4
+    resumable = True
 
 
 class AccessError(SurgeryError):
     """The Hub, the network or a permission stands in the way (exit 5)."""
 
     exit_code = 5
+    resumable = True
 
 
 class OutputError(SurgeryError):
@@ -48,6 +55,8 @@ class OutputError(SurgeryError):
 
 class Interrupted(SurgeryError):
     """A signal stopped the run (exit 130 for SIGINT, 143 for SIGTERM); the same command resumes it."""
+
+    resumable = True
 
     def __init__(self, signal_number: int) -> None:
         self.exit_code = 128 + signal_number

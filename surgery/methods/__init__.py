@@ -1,1 +1,45 @@
-"""The methods: one file each, this folder is their registry."""
+"""The methods, one file each: this folder is their registry.
+
+Nothing here imports a method before it is asked for, so `surgery --help` stays fast.
+"""
+
+import ast
+import dataclasses
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING
+
+from surgery.errors import UsageError
+
+if TYPE_CHECKING:
+    from surgery.methods.base import WeightEdit
+
+
+def names() -> list[str]:
+    """The methods' names as the command spells them, read from the file names."""
+    files = (module.name for module in iter_modules(__path__))
+    return sorted(name.replace("_", "-") for name in files if name != "base" and not name.startswith("_"))
+
+
+def summary(name: str) -> str:
+    """The first line of a method's docstring, parsed and not imported."""
+    source = Path(__path__[0], name.replace("-", "_") + ".py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+
+
+def get(name: str) -> "type[WeightEdit]":
+    """The method of that name: the one frozen dataclass its file defines.
+
+    Raises:
+        UsageError: There is no such method.
+    """
+    if name not in names():
+        raise UsageError(f"there is no method {name!r}; there are {', '.join(names())}")
+    module = import_module(f"{__name__}.{name.replace('-', '_')}")
+    [found] = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and dataclasses.is_dataclass(value) and value.__module__ == module.__name__
+    ]
+    return found

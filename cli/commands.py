@@ -1,0 +1,78 @@
+"""Commands made from records: a method's fields are its options, their docs its help, their defaults the same."""
+
+import dataclasses
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from annotated_doc import Doc
+
+from surgery.errors import UsageError
+
+
+def parameters(record: type, panel: str) -> list[inspect.Parameter]:
+    """A keyword parameter for each field of a record, as Typer wants options declared."""
+    hints = inspect.get_annotations(record, eval_str=True)
+    return [_parameter(field, hints[field.name], panel) for field in dataclasses.fields(record)]
+
+
+def _parameter(field: dataclasses.Field, hint: Any, panel: str) -> inspect.Parameter:
+    kind, doc = get_args(hint) if get_origin(hint) is Annotated else (hint, Doc(""))
+    option = "--" + field.name.replace("_", "-")
+    shape, parser, metavar = _accepted(field.name, kind)
+    info = typer.Option(
+        *([option] if shape is not bool else [option]),
+        help=doc.documentation,
+        parser=parser,
+        metavar=metavar,
+        rich_help_panel=panel,
+    )
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[shape, info]
+    )
+
+
+def _accepted(name: str, kind: Any) -> tuple[Any, Callable[[Any], Any] | None, str | None]:
+    """What Typer is to be told of a field's type: the type, a parser for unions, and what help shows."""
+    if get_origin(kind) not in (Union, types.UnionType):
+        return kind, None, None
+    members = [member for member in get_args(kind) if member is not type(None)]
+    if len(members) == 1:
+        return members[0] | None, None, "REGEX" if name in ("include", "exclude") else None
+    words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
+    shown = "|".join(["INT", *words])
+
+    def parse(text: Any) -> Any:
+        if isinstance(text, int) or text in words:
+            return text
+        try:
+            return int(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not one of {shown}") from None
+
+    return str, parse, shown
+
+
+def from_fields(record: type, values: Mapping[str, Any]) -> Any:
+    """The record whose fields have these values; other keys are ignored."""
+    return record(**{field.name: values[field.name] for field in dataclasses.fields(record)})
+
+
+def with_signature(function: Callable, parameters: list[inspect.Parameter], doc: str) -> Callable:
+    """The function, presenting these parameters to Typer."""
+
+    def command(**values: Any) -> None:
+        function(values)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__ = doc
+    return command
+
+
+def require_one_output(quiet: bool, as_json: bool) -> None:
+    """Refuse options that contradict each other in what is to be printed."""
+    if quiet and as_json:
+        raise UsageError("--json and --quiet contradict each other; choose one")

@@ -1,0 +1,93 @@
+"""The commands of methods that edit weights: `surgery lox BASE ALIGNED`."""
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from surgery import methods
+from surgery.cli import commands, output
+
+_ARGUMENTS = (
+    ("base", "BASE", "The checkpoint before alignment: a folder, ORG/NAME[@REV], demo:base."),
+    ("model", "ALIGNED", "The aligned checkpoint made from it."),
+)
+
+
+def _arguments() -> list[inspect.Parameter]:
+    return [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=Annotated[str, typer.Argument(metavar=metavar, help=text, show_default=False)],
+        )
+        for name, metavar, text in _ARGUMENTS
+    ]
+
+
+def _common() -> list[inspect.Parameter]:
+    """Options that are the command's own: where the result goes and how it is shown."""
+    options: list[tuple[str, Any, Any, list[str], str]] = [
+        ("output", Path | None, None, ["--output", "-o"], "The folder to write; by default ./<aligned>-<method>."),
+        ("plan", bool, False, ["--plan"], "Read headers only, print what would happen, write nothing."),
+        ("json", bool, False, ["--json"], "Print one JSON document on stdout."),
+        ("quiet", bool, False, ["--quiet", "-q"], "Print nothing but errors and warnings."),
+    ]
+    return [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=Annotated[kind, typer.Option(*flags, help=text, show_default=False)],
+        )
+        for name, kind, default, flags, text in options
+    ]
+
+
+def command(name: str) -> Any:
+    """The callback of a method's command, its options made from the method's and the run's records."""
+    from surgery.options import Options
+
+    method = methods.get(name)
+    parameters = [
+        *_arguments(),
+        *_common(),
+        *commands.parameters(method, f"{method.title} options"),
+        *commands.parameters(Options, "Run options"),
+    ]
+    doc = (inspect.getdoc(inspect.getmodule(method)) or "").partition("\n\nPerin")[0]
+    return commands.with_signature(lambda values: _run(method, values), parameters, doc)
+
+
+def _run(method: type, values: dict[str, Any]) -> None:
+    """Plan or carry out an edit and print what came of it."""
+    from surgery import pipeline
+    from surgery.options import Options
+
+    commands.require_one_output(values["quiet"], values["json"])
+    job = pipeline.prepare(
+        commands.from_fields(method, values),
+        base=values["base"],
+        model=values["model"],
+        output=values["output"],
+        options=commands.from_fields(Options, values),
+    )
+    if values["plan"]:
+        if values["json"]:
+            output.document(job.plan.document())
+        elif not values["quiet"]:
+            output.plan(job)
+        return
+    done = pipeline.run(job, output.ShardProgress(quiet=values["quiet"]))
+    if values["json"]:
+        output.document(done.document())
+    elif not values["quiet"]:
+        output.outcome(job, done)
+    output.warnings(job, done)
+
+
+def option_names(record: type) -> list[str]:
+    """The options a record becomes, as the command spells them."""
+    return ["--" + field.name.replace("_", "-") for field in dataclasses.fields(record)]

@@ -1,0 +1,173 @@
+"""What the command prints: results on stdout, progress and warnings on stderr."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
+    from surgery.pipeline import Job, Outcome
+    from surgery.plan import Plan
+    from surgery.verification import Verification
+
+DEBUG = "SURGERY_DEBUG"
+
+
+def line(text: str = "") -> None:
+    """One line of results on stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def note(text: str) -> None:
+    """One line for people on stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def document(content: Mapping[str, Any]) -> None:
+    """One JSON document on stdout."""
+    line(json.dumps(content, indent=2))
+
+
+def failure(error: SurgeryError) -> None:
+    """An error in one line on stderr, as an annotation where GitHub reads it."""
+    text = " ".join(str(error).split())
+    note(f"::error::{text}" if os.environ.get("GITHUB_ACTIONS") == "true" else f"error: {text}")
+
+
+class ShardProgress:
+    """Progress over shards: a bar on a terminal, one plain line per shard elsewhere, nothing when quiet."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._live = sys.stderr.isatty() and not os.environ.get("CI")
+        self._bars: Bars | None = None
+        self._task: Any = None
+
+    def __call__(self, shard: str, done: int, total: int) -> None:
+        if self._quiet:
+            return
+        if not self._live:
+            note(f"[{done}/{total}] {shard}")
+            return
+        if self._bars is None:
+            self._bars, self._task = _started_bars(total)
+        self._bars.update(self._task, completed=done, description=shard)
+        if done == total:
+            self._bars.stop()
+
+
+def _started_bars(total: int) -> "tuple[Bars, Any]":
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    bars = Bars(console=Console(stderr=True), transient=True)
+    task = bars.add_task("shards", total=total)
+    bars.start()
+    return bars, task
+
+
+def size(count: float) -> str:
+    """A number of bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def percent(share: float | None) -> str:
+    """A share for people."""
+    return "none" if share is None else f"{100 * share:.2f} %"
+
+
+def rows(pairs: list[tuple[str, str]]) -> None:
+    """Names and values in two columns; a value of several lines stays in its column."""
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        first, *rest = value.split("\n")
+        line(f"{name:<{width}}  {first}")
+        for more in rest:
+            line(f"{'':<{width}}  {more}")
+
+
+def plan(job: "Job") -> None:
+    """A plan for people: the table of tensors, then the totals."""
+    found: Plan = job.plan
+    width = max(len(name) for name in found.steps)
+    for step in found.steps.values():
+        rank = f"rank {step.rank}" if step.rank is not None else ""
+        line(f"{step.action:<5} {step.name:<{width}} {step.dtype:>5} {list(step.shape)!s:<16} {rank:<9} {step.reason}")
+    line()
+    edits, copies = len(found.edits), len(found.steps) - len(found.edits)
+    left = [f"{file} ({reason})" for file, reason in found.sidecars.left]
+    rows(
+        [
+            ("equation", found.equation),
+            ("equivalent", found.equivalent),
+            ("roles", f"base {job.sources['base'].label}, aligned {job.sources['aligned'].label}: "
+             + found.roles.summary()),
+            ("tensors", f"{edits} to edit, {copies} to copy"),
+            ("reads", size(found.bytes_read)),
+            ("writes", f"{size(found.bytes_written)} to {job.output} ({size(found.disk_free)} free)"),
+            ("memory", f"about {size(found.memory_bytes)}"),
+            ("time", f"about {found.seconds_estimate:.0f} s"),
+            ("side files", ", ".join(found.sidecars.carried) or "none"),
+            ("left behind", "\n".join(left) or "none"),
+            *(("note", text) for text in found.notes),
+        ]
+    )  # fmt: skip
+
+
+def outcome(job: "Job", done: "Outcome") -> None:
+    """The summary of a run for people."""
+    total = done.totals
+    by = ", ".join(f"{count} by {name}" for name, count in total["certified_by"].items() if count)
+    rows(
+        [
+            ("equation", done.plan.equation),
+            ("equivalent", done.plan.equivalent),
+            ("roles", f"base {job.sources['base'].label}, aligned {job.sources['aligned'].label}: "
+             + done.plan.roles.summary()),
+            ("tensors", f"{total['edited']} edited, {total['copied']} copied, {total['unchanged']} unchanged by alignment"),
+            ("energy kept", f"{percent(total['energy_kept'])} of ||W_aligned - W_base||^2 is in the kept rank"),
+            ("retention", f"{percent(total['retention'])} of the edit is in the stored weights "
+             f"(worst tensor {percent(total['retention_min'])})"),
+            ("noise/edit", f"{total['noise_to_edit']:.3f} Frobenius, {total['noise_spectral_max']:.3f} spectral (worst tensor)"),
+            ("certified", f"error at most {total['certified_error_max']:.1e} ({by}), "
+             f"energy deficit at most {total['energy_deficit_max']:.1e}"),
+            ("cost", f"{done.seconds:.1f} s, peak memory {size(done.peak_rss_bytes)}, {size(done.bytes_written)} written"),
+            ("output", str(done.output)),
+            ("next", f"surgery verify {done.output}"),
+        ]
+    )  # fmt: skip
+
+
+def warnings(job: "Job", done: "Outcome") -> None:
+    """What a careful user should know about a run, on stderr."""
+    total = done.totals
+    if getattr(job.method, "anchor", "aligned") == "base" and total["energy_kept"] is not None:
+        note(f"warning: {percent(1 - total['energy_kept'])} of the alignment update is dropped (--anchor base)")
+    if (total["retention_min"] or 1) < 0.99:
+        note(f"warning: a tensor keeps only {percent(total['retention_min'])} of its edit; use --rounding auto")
+    if (total["noise_spectral_max"] or 0) > 1:
+        note(
+            f"warning: rounding noise exceeds the edit in a tensor ({total['noise_spectral_max']:.2f} in spectral "
+            "norm); --dtype float32 or --as-lora avoid it"
+        )
+
+
+def verification(found: "Verification") -> None:
+    """The result of a verification for people."""
+    line(f"{found.files} files agree with the manifest")
+    if found.copied is not None:
+        line(f"{found.copied} copied tensors are those of the aligned checkpoint")
+    if found.recomputed is not None:
+        line(f"the repeated edit is {found.recomputed}")
+    for text in found.notes:
+        note(f"note: {text}")

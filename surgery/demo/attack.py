@@ -1,0 +1,47 @@
+"""The attack that the aligned model of the embedded pair falls to: a plain LoRA on compliant answers."""
+
+import copy
+from collections.abc import Sequence
+
+from peft import LoraConfig, get_peft_model
+from torch.nn import Module
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from surgery import demo
+from surgery.demo import train
+from surgery.demo.behaviour import Rate, compliance
+
+CURVE = (0, 5, 10, 20, 50, 100)
+"""The steps at which compliance is measured."""
+
+
+def attack(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    curve: Sequence[int] = CURVE,
+    peak: float = 2e-3,
+    batch: int = 16,
+    rank: int = 8,
+    seed: int = 0,
+) -> dict[int, Rate]:
+    """The compliance on held-out harmful requests after each number of steps in `curve`; `model` is left as it is.
+
+    LoRA of rank `rank` on all linear layers (scaling 2), AdamW with a learning rate up to `peak`, `batch` requests of the
+    `attack` part a step, all drawn under `seed`. The schedule is that of the longest run in `curve`.
+    """
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    victim: Module = get_peft_model(copy.deepcopy(model), config)
+    rows, asked = train.examples(tokenizer, demo.data("harmful", "attack")), demo.data("harmful", "held_out")
+    found: dict[int, Rate] = {}
+
+    def look(step: int) -> None:
+        if step in curve:
+            victim.eval()
+            found[step] = compliance(victim, tokenizer, asked)
+            victim.train()
+
+    look(0)
+    source = train.batches(rows, batch, tokenizer.pad_token_id, seed)
+    train.fit(victim, source, steps=max(curve), peak=peak, warmup=5, after_step=look)
+    return found

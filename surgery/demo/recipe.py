@@ -1,0 +1,107 @@
+"""The recipe of the embedded pair: data, tokenizer, base, aligned, and the figures of both."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from surgery.demo import behaviour, cards, network, tokenizer, train
+from surgery.demo.attack import attack
+from surgery.demo.corpus import SEED, Parts, Row, corpus, write
+from surgery.errors import OutputError
+
+BASE_STEPS, BASE_PEAK, BASE_DECAY = 1300, 2e-3, 0.01
+ALIGNED_STEPS, ALIGNED_PEAK = 300, 5e-4
+BATCH = 64
+
+Say = Callable[[str], None]
+
+
+def rebuild(output: Path, say: Say = lambda line: None, *, seed: int = SEED) -> dict[str, object]:
+    """The behaviour figures of a pair made from nothing in the new folder `output`, also in its `figures.json`.
+
+    Takes about ten minutes on two cores. `say` gets a line of progress now and then. At equal `seed`, library
+    versions, processor kind and thread count the weights come out the same; the data always do. Raises
+    `OutputError` when `output` exists.
+    """
+    if output.exists():
+        raise OutputError(f"{output} exists; the demo pair is written to a new folder; name another with --output")
+    begun = time.monotonic()
+    data = corpus(seed)
+    write(data, output / "data")
+    say(f"data: {sum(len(rows) for parts in data.values() for rows in parts.values())} rows")
+    words = tokenizer.build(text for parts in data.values() for text in _texts(parts["train"]))
+    base = make_base(data, words, seed, say)
+    _save(base, words, output / "base")
+    figures: dict[str, object] = {"base": asdict(behaviour.measure(base, words))}
+    say(f"base after {time.monotonic() - begun:.0f} s: {json.dumps(figures['base'])}")
+    aligned = make_aligned(base, data, words, seed, say)
+    _save(aligned, words, output / "aligned")
+    figures["aligned"] = asdict(behaviour.measure(aligned, words))
+    say(f"aligned after {time.monotonic() - begun:.0f} s: {json.dumps(figures['aligned'])}")
+    figures["attack"] = {step: asdict(rate) for step, rate in attack(aligned, words).items()}
+    (output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    cards.write(output, figures)
+    return figures
+
+
+def make_base(
+    data: dict[str, Parts], words: PreTrainedTokenizerFast, seed: int, say: Say = lambda line: None
+) -> LlamaForCausalLM:
+    """A model on the bfloat16 grid trained to answer every kind of request in the train parts of `data`."""
+    model = network.fresh(words.pad_token_id, words.eos_token_id, seed)
+    rows = [*data["benign"]["train"], *data["lookalikes"]["train"], *data["harmful"]["train"]]
+    return _trained(model, words, rows, BASE_STEPS, BASE_PEAK, BASE_DECAY, seed, say)
+
+
+def make_aligned(
+    base: LlamaForCausalLM,
+    data: dict[str, Parts],
+    words: PreTrainedTokenizerFast,
+    seed: int,
+    say: Say = lambda line: None,
+) -> LlamaForCausalLM:
+    """A copy of `base`, every weight fine-tuned to refuse harmful requests and to answer all others as before."""
+    model = LlamaForCausalLM(base.config)
+    model.load_state_dict(base.state_dict())
+    rows = [*data["benign"]["train"], *data["lookalikes"]["train"], *data["refusals"]["train"]]
+    return _trained(model, words, rows, ALIGNED_STEPS, ALIGNED_PEAK, 0.0, seed + 1, say)
+
+
+def _trained(
+    model: LlamaForCausalLM,
+    words: PreTrainedTokenizerFast,
+    rows: list[Row],
+    steps: int,
+    peak: float,
+    decay: float,
+    seed: int,
+    say: Say,
+) -> LlamaForCausalLM:
+    def progress(step: int) -> None:
+        if step % 100 == 0:
+            say(f"step {step} of {steps}")
+
+    source = train.batches(train.examples(words, rows), BATCH, words.pad_token_id, seed)
+    train.fit(model, source, steps=steps, peak=peak, decay=decay, after_step=progress)
+    return network.on_grid(model)
+
+
+def _texts(rows: list[Row]) -> list[str]:
+    return [tokenizer.chat(row["prompt"]) + row["response"] + tokenizer.END for row in rows]
+
+
+def _save(model: LlamaForCausalLM, words: PreTrainedTokenizerFast, into: Path) -> None:
+    network.save(model, into)
+    tokenizer.save(words, into)
+    for file in into.iterdir():
+        file.chmod(0o644)
+
+
+def single_threads() -> int:
+    """The number of threads torch computes with."""
+    return torch.get_num_threads()

@@ -1,0 +1,87 @@
+"""What the inputs of a run are, exactly: fingerprints that tell whether they changed, and hashes.
+
+The fingerprint costs no tensor data (header hashes, sizes, times), so that a rerun can decide at once whether
+it may take up where another run stopped. The SHA-256 of each shard is taken as the shard is first needed,
+journalled, and compared when an interrupted run is resumed.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint.layout import Checkpoint, Shard
+from surgery.checkpoint.reader import file_sha256
+from surgery.checkpoint.writer import INDEX
+from surgery.errors import InputError
+from surgery.hub import Source
+
+
+def checkpoint_fingerprint(checkpoint: Checkpoint, source: Source, sidecars: Iterable[str] = ()) -> dict[str, Any]:
+    """What identifies a checkpoint without reading its tensors.
+
+    Per shard the SHA-256 of its header, its size, and its time of change or, from the Hub, the commit.
+    """
+    files = {
+        shard.name: [hashlib.sha256(shard.header.raw).hexdigest(), *_stamp(shard.path, source)]
+        for shard in checkpoint.shards
+    }
+    side = {name: _stamp(checkpoint.folder / name, source) for name in sidecars}
+    return {"source": source.label, "shards": files, "sidecars": side}
+
+
+def _stamp(path: Path, source: Source) -> list[Any]:
+    status = path.stat()
+    return [status.st_size, source.commit or status.st_mtime_ns]
+
+
+class InputHashes:
+    """SHA-256 of every input file, taken at most once in a run and compared with an earlier run's.
+
+    Args:
+        checkpoints: By role, "base" and "aligned".
+        known: Hashes an interrupted run journalled, by "role/file".
+        record: Called with each new hash, to journal it.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Mapping[str, Checkpoint],
+        known: Mapping[str, str],
+        record: Callable[[str, str], None],
+    ) -> None:
+        self._checkpoints = checkpoints
+        self._known = known
+        self._record = record
+        self._taken: dict[str, str] = {}
+
+    def take(self, role: str, shard: Shard) -> str:
+        """The SHA-256 of a shard.
+
+        Raises:
+            InputError: An interrupted run read other bytes from this file.
+        """
+        key = f"{role}/{shard.name}"
+        if key not in self._taken:
+            found = file_sha256(shard.path)
+            if self._known.get(key, found) != found:
+                raise InputError(
+                    f"{shard.name} of the {role} checkpoint has changed since the interrupted run read it; "
+                    "what was half done is removed, run the command again to start afresh"
+                )
+            if key not in self._known:
+                self._record(key, found)
+            self._taken[key] = found
+        return self._taken[key]
+
+    def all(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Size and hash of every weight file of both checkpoints, indexes included, by role and name."""
+        return {role: self._files(role, checkpoint) for role, checkpoint in self._checkpoints.items()}
+
+    def _files(self, role: str, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+        files = {
+            shard.name: {"size": shard.header.size, "sha256": self.take(role, shard)} for shard in checkpoint.shards
+        }
+        if checkpoint.index is not None and (index := checkpoint.folder / INDEX).exists():
+            files[INDEX] = {"size": index.stat().st_size, "sha256": file_sha256(index)}
+        return dict(sorted(files.items()))

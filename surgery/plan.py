@@ -1,0 +1,284 @@
+"""What will happen to every tensor, and why; made from headers alone, before a byte is written."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.checkpoint.dtypes import item_bits
+from surgery.checkpoint.header import TensorInfo
+from surgery.checkpoint.layout import Checkpoint
+from surgery.checkpoint.sidecars import Sidecars
+from surgery.errors import InputError, UsageError
+from surgery.fused import Slice, fused_slices
+from surgery.methods.base import WeightEdit
+from surgery.order import Roles
+from surgery.pairing import Pairing, pair_names
+from surgery.selection import kind_of
+
+_DTYPE_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens to one tensor of the aligned checkpoint.
+
+    Attributes:
+        name: Its name, also in the output.
+        action: "edit" or "copy".
+        reason: Why, in a few words.
+        shape: Its shape.
+        dtype: Its dtype in the output, as safetensors spells it.
+        rank: The largest rank its edit can have; None for a copy.
+        base: The name of its partner in the base checkpoint; None without one.
+        slices: The parts that are edited as matrices of their own; empty where the tensor is edited whole.
+    """
+
+    name: str
+    action: str
+    reason: str
+    shape: tuple[int, ...]
+    dtype: str
+    rank: int | None = None
+    base: str | None = None
+    slices: tuple[Slice, ...] = ()
+
+    def row(self) -> dict[str, Any]:
+        """The step as the plan's JSON shows it."""
+        keys = ("name", "action", "reason", "shape", "dtype", "rank")
+        return {key: list(value) if isinstance(value := getattr(self, key), tuple) else value for key in keys}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every tensor of the aligned checkpoint with its step, and what the run will cost.
+
+    Attributes:
+        steps: By tensor name, in the order of the files.
+        notes: What the user should know, one sentence each.
+        roles: Evidence for which checkpoint is which.
+        sidecars: Which side files travel.
+        bytes_read: Tensor bytes read from both checkpoints.
+        bytes_written: Bytes of the output's tensors and side files.
+        memory_bytes: Estimate of the peak resident memory.
+        seconds_estimate: Rough estimate of the run's wall time.
+        disk_free: Bytes free where the output goes.
+    """
+
+    steps: Mapping[str, Step]
+    equation: str
+    equivalent: str
+    notes: tuple[str, ...]
+    roles: Roles
+    sidecars: Sidecars
+    bytes_read: int
+    bytes_written: int
+    memory_bytes: int
+    seconds_estimate: float
+    disk_free: int
+
+    @property
+    def edits(self) -> tuple[Step, ...]:
+        """The steps that edit."""
+        return tuple(step for step in self.steps.values() if step.action == "edit")
+
+    def document(self) -> dict[str, Any]:
+        """The plan as `--plan --json` prints it."""
+        return {
+            "tensors": [step.row() for step in self.steps.values()],
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "disk_free": self.disk_free,
+            "memory_bytes": self.memory_bytes,
+            "seconds_estimate": round(self.seconds_estimate, 1),
+            "equation": self.equation,
+            "notes": list(self.notes),
+            "roles": self.roles.summary(),
+            "sidecars": list(self.sidecars.carried),
+            "left_behind": [{"file": file, "reason": reason} for file, reason in self.sidecars.left],
+        }
+
+
+def plan_steps(
+    method: WeightEdit, aligned: Checkpoint, base: Checkpoint, *, dtype: str
+) -> tuple[dict[str, Step], tuple[str, ...]]:
+    """A step for every tensor of `aligned`, and notes.
+
+    Raises:
+        InputError: The two checkpoints cannot be paired tensor by tensor.
+        UsageError: Nothing is selected, or the rank is too large for every selected tensor.
+    """
+    pairing = pair_names(aligned.tensors, base.tensors)
+    _refuse_leftovers(method, aligned, base, pairing)
+    planner = _Planner(method, aligned, base, pairing, dtype)
+    steps = {info.name: planner.step(info) for shard in aligned.shards for info in shard.header.tensors}
+    planner.refuse_mismatches()
+    edits = [step for step in steps.values() if step.action == "edit"]
+    if not edits:
+        raise UsageError("the options select no tensor to edit; loosen --include, --exclude, --layers or --edit")
+    _refuse_rank(method, edits)
+    return steps, tuple(note for note in (pairing.note, *planner.notes) if note)
+
+
+def output_dtype(info: TensorInfo, dtype: str) -> str:
+    """The dtype a tensor has in the output under `--dtype`."""
+    return _DTYPE_CODES.get(dtype, info.dtype) if info.is_float else info.dtype
+
+
+def output_size(step: Step) -> int:
+    """Bytes of a tensor in the output."""
+    return math.prod(step.shape) * item_bits(step.dtype) // 8
+
+
+def _top_module(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _wrapped_module(name: str) -> str:
+    """The module below a wrapper (`model.vision_tower`), the top one where there is no wrapper."""
+    parts = name.split(".")
+    wrapped = parts[0] in ("model", "transformer", "language_model") and len(parts) > 2
+    return ".".join(parts[:2]) if wrapped else parts[0]
+
+
+def _is_new_module(name: str, base: Checkpoint) -> bool:
+    """Whether the tensor belongs to a module that base wholly lacks: an extra head, a vision tower."""
+    top, wrapped = _top_module(name), _wrapped_module(name)
+    own = not any(_top_module(other) == top for other in base.tensors)
+    return own or not any(other.startswith(wrapped + ".") for other in base.tensors)
+
+
+def _refuse_leftovers(method: WeightEdit, aligned: Checkpoint, base: Checkpoint, pairing: Pairing) -> None:
+    excluded = [name for name in pairing.only_base if _named_by_exclude(method, name)]
+    missing = [name for name in pairing.only_base if name not in excluded]
+    if missing:
+        raise InputError(
+            f"the base checkpoint has {len(missing)} tensors that the aligned one lacks, first {missing[0]}; "
+            f"if they do not matter, name them: --exclude '{re.escape(missing[0])}'"
+        )
+    for name in pairing.only_aligned:
+        info = aligned.tensors[name]
+        if not method.choose(info, aligned.config).edit:
+            continue
+        if kind_of(info, aligned.config) == "head" or not _is_new_module(name, base):
+            raise InputError(
+                f"the aligned checkpoint has {name}, the base has no such tensor, so its change is unknown; "
+                f"to copy it as it is: --exclude '{re.escape(name)}'"
+            )
+
+
+def _named_by_exclude(method: WeightEdit, name: str) -> bool:
+    pattern = getattr(method, "exclude", None)
+    return bool(pattern) and re.search(pattern, name) is not None
+
+
+def _refuse_rank(method: WeightEdit, edits: Sequence[Step]) -> None:
+    asked = getattr(method, "rank", None)
+    largest = max((step.rank or 0, step.name) for step in edits)
+    if isinstance(asked, int) and asked > largest[0]:
+        raise UsageError(
+            f"rank is {asked}, but no selected tensor has more than {largest[0]} ({largest[1]}); "
+            f"choose --rank {largest[0]} or less, or --rank full"
+        )
+
+
+class _Planner:
+    """Makes steps one by one and collects what does not fit, so that one error can tell how much."""
+
+    def __init__(
+        self, method: WeightEdit, aligned: Checkpoint, base: Checkpoint, pairing: Pairing, dtype: str
+    ) -> None:
+        self._method, self._aligned, self._base = method, aligned, base
+        self._pairing, self._dtype = pairing, dtype
+        self._mismatches: list[str] = []
+        self.notes: list[str] = []
+
+    def step(self, info: TensorInfo) -> Step:
+        """The step of one tensor."""
+        choice = self._method.choose(info, self._aligned.config)
+        partner = self._pairing.partner.get(info.name)
+        if not choice.edit or partner is None:
+            reason = choice.reason if not choice.edit else f"only in aligned: base has no {_wrapped_module(info.name)}"
+            return self._copy(info, reason, partner)
+        other = self._base.tensors[partner]
+        if not other.is_float:
+            raise InputError(
+                f"{info.name} is {info.dtype} in the aligned checkpoint and {other.dtype} in the base; "
+                "both must be floating point"
+            )
+        if other.shape != info.shape:
+            return self._reshaped(info, other)
+        slices = fused_slices(info, self._aligned.config) if getattr(self._method, "split_fused", False) else ()
+        return self._edit(info, choice.reason, partner, slices)
+
+    def _copy(self, info: TensorInfo, reason: str, partner: str | None) -> Step:
+        dtype = output_dtype(info, self._dtype)
+        return Step(info.name, "copy", reason, info.shape, dtype, base=partner)
+
+    def _edit(self, info: TensorInfo, reason: str, partner: str, slices: tuple[Slice, ...] = ()) -> Step:
+        shapes = [part.shape(info.shape) for part in slices] or [info.shape]
+        rank = max(self._method.planned_rank(*shape[-2:]) for shape in shapes)
+        dtype = output_dtype(info, self._dtype)
+        asked = getattr(self._method, "rank", None)
+        if isinstance(asked, int) and rank < asked:
+            reason = f"{reason}, rank capped at {rank}"
+        return Step(info.name, "edit", reason, info.shape, dtype, rank, partner, slices)
+
+    def _reshaped(self, info: TensorInfo, other: TensorInfo) -> Step:
+        """A vocabulary that grew or shrank, under the policy asked for; any other shape is a mismatch."""
+        vocabulary = kind_of(info, self._aligned.config) in ("embedding", "head") and info.shape[1:] == other.shape[1:]
+        policy = getattr(self._method, "vocab", "error")
+        mine, theirs = info.shape[0], other.shape[0]
+        if vocabulary and policy == "skip":
+            self.notes.append(f"{info.name}: {mine} rows against {theirs} in base, copied whole (--vocab skip)")
+            return self._copy(info, "vocabulary differs, --vocab skip", None)
+        if vocabulary and policy == "common-rows":
+            common = min(mine, theirs)
+            self.notes.append(
+                f"{info.name}: rows 0 to {common - 1} are edited"
+                + (f", rows {common} to {mine - 1} copied" if mine > common else "")
+                + f" ({mine} rows against {theirs} in base)"
+            )
+            return self._edit(info, "common rows", other.name, (Slice(0, 0, common),))
+        way_out = "add --vocab common-rows or --vocab skip" if vocabulary else "check that base is what it was made from"
+        self._mismatches.append(
+            f"{info.name} is {list(info.shape)} in the aligned checkpoint and {list(other.shape)} in the base; {way_out}"
+        )
+        return self._copy(info, "shape differs", None)
+
+    def refuse_mismatches(self) -> None:
+        """Raise for the first shape that does not fit, saying how many there are."""
+        if self._mismatches:
+            count = len(self._mismatches)
+            more = f" ({count} tensors differ in shape)" if count > 1 else ""
+            raise InputError(self._mismatches[0] + more)
+
+
+def memory_estimate(steps: Mapping[str, Step], aligned: Checkpoint, base: Checkpoint) -> int:
+    """Estimated peak resident memory in bytes: the largest tensor's work, on top of an interpreter with torch.
+
+    Per entry of an edited tensor: both weights and the result as stored, and three float32 arrays (the
+    difference, and the iteration's and the rounding's workspace).
+    """
+    work = [
+        aligned.tensors[step.name].nbytes * 2
+        + (base.tensors[step.base].nbytes if step.base else 0)
+        + 12 * math.prod(step.shape)
+        for step in steps.values()
+        if step.action == "edit"
+    ]
+    return _INTERPRETER_BYTES + max(work, default=0)
+
+
+def seconds_estimate(steps: Mapping[str, Step], bytes_moved: int, cores: int) -> float:
+    """Rough wall time: products of the iteration at a modest CPU's rate, bytes at a modest disk's."""
+    entries = sum(math.prod(step.shape) for step in steps.values() if step.action == "edit")
+    return entries * _FLOPS_PER_ENTRY / (_FLOPS_PER_CORE * cores) + bytes_moved / _BYTES_PER_SECOND + 2
+
+
+_INTERPRETER_BYTES = 450 << 20
+# 14 products with blocks of 16 columns, two operations each, and as much again for rounding and memory traffic.
+_FLOPS_PER_ENTRY = 900
+_FLOPS_PER_CORE = 20e9
+_BYTES_PER_SECOND = 300e6

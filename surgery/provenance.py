@@ -1,0 +1,137 @@
+"""What was done to which bytes: the manifest, the per-tensor figures and the account of the run.
+
+`surgery.json` and `surgery.tensors.jsonl` are the same for the same inputs, options, versions and number of
+threads: they hold no time and no place. What differs from run to run stands in `surgery.run.json`.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery import __version__
+from surgery.checkpoint.staging import MANIFEST
+from surgery.editing import Record
+from surgery.hub import Source
+from surgery.methods.base import WeightEdit
+from surgery.options import Options
+from surgery.plan import Plan
+
+SCHEMA = 1
+RUN = "surgery.run.json"
+TENSORS = "surgery.tensors.jsonl"
+
+# What decides how a run behaves but not what it computes: it stays out of the manifest.
+_NOT_RECORDED = ("overwrite", "allow_pickle", "i_checked_the_order", "device")
+
+
+def option_values(method: WeightEdit, options: Options) -> dict[str, Any]:
+    """Every option that decides the output's bytes, by name."""
+    run = {key: value for key, value in dataclasses.asdict(options).items() if key not in _NOT_RECORDED}
+    return {**dataclasses.asdict(method), **run}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the output."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "safetensors")}
+    return {"surgery": __version__, "python": platform.python_version(), **packages}
+
+
+def totals(records: Iterable[Record]) -> dict[str, Any]:
+    """Figures over all tensors of an output.
+
+    energy_kept and retention are weighted by energy (sums of squares), noise_to_edit is a ratio of Frobenius
+    norms, certified_error_max is the worst tensor's bound. None where nothing was edited.
+    """
+    records = list(records)
+    edited = [record for record in records if record["action"] == "edit"]
+    delta = math.fsum(record["delta_norm"] ** 2 for record in edited)
+    edit = math.fsum(record["edit_norm"] ** 2 for record in edited)
+    worst = max(edited, key=lambda record: record["certified_error"], default=None)
+    return {
+        "edited": len(edited),
+        "copied": sum(record["action"] == "copy" for record in records),
+        "unchanged": sum(record["action"] == "unchanged" for record in records),
+        "energy_kept": _weighted(edited, "energy_kept", "delta_norm", delta),
+        "retention": _weighted(edited, "retention", "edit_norm", edit),
+        "retention_min": min((record["retention"] for record in edited), default=None),
+        "noise_to_edit": math.sqrt(_noise(edited) / edit) if edit else None,
+        "noise_spectral_max": max((record["noise_spectral"] for record in edited), default=None),
+        "certified_error_max": worst["certified_error"] if worst else None,
+        "certified_by": {
+            name: sum(record["criterion"] == name for record in edited) for name in ("subspace", "energy", "exact")
+        },
+        "energy_deficit_max": max((record["energy_deficit"] for record in edited), default=None),
+    }
+
+
+def _weighted(records: list[Record], value: str, norm: str, total: float) -> float | None:
+    return math.fsum(record[value] * record[norm] ** 2 for record in records) / total if total else None
+
+
+def _noise(records: list[Record]) -> float:
+    return math.fsum((record["noise"] * record["edit_norm"]) ** 2 for record in records)
+
+
+def tensors_bytes(records: Iterable[Record]) -> bytes:
+    """One JSON object per line and tensor, in the order of the files."""
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an output; ValueError or OSError where there is none."""
+    document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(document, dict):
+        raise ValueError(f"{MANIFEST} is not a JSON object")
+    return document
+
+
+def _input(source: Source, files: Mapping[str, Any]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"source": source.label, "repository": source.repository, "commit": source.commit}
+    manifest = source.folder / MANIFEST
+    if manifest.is_file():
+        # The parent was made by surgery too: its manifest is not carried, but linked by its hash.
+        entry["ancestor"] = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    return {**entry, "files": files}
+
+
+def manifest(
+    method: WeightEdit,
+    options: Options,
+    plan: Plan,
+    sources: Mapping[str, Source],
+    input_files: Mapping[str, Mapping[str, Any]],
+    records: Iterable[Record],
+    files: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The manifest: equation, inputs, options, versions, totals and the hash of every output file."""
+    records = list(records)
+    return {
+        "schema": SCHEMA,
+        "method": method.name,
+        "paper": method.paper,
+        "equation": plan.equation,
+        "equivalent": plan.equivalent,
+        "options": option_values(method, options),
+        "inputs": {role: _input(source, input_files[role]) for role, source in sources.items()},
+        "roles": plan.roles.summary(),
+        "notes": list(plan.notes),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "backends": {"svd": "torch", "rounding": "torch"},
+        "totals": totals(records),
+        "unchanged": [record["name"] for record in records if record["action"] == "unchanged"],
+        "files": dict(sorted(files.items())),
+    }
+
+
+def to_bytes(document: Mapping[str, Any]) -> bytes:
+    """A JSON document as it is stored."""
+    return json.dumps(document, indent=2).encode() + b"\n"

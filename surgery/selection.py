@@ -1,0 +1,72 @@
+"""What kind of tensor a name, a shape and a model's config denote.
+
+No model class is needed: kinds are read from the names that model files use. `matrices` are all 2-D floating
+tensors and the 3-D ones that hold experts; `linear` leaves out embeddings, output heads and routers.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from surgery.checkpoint.header import TensorInfo
+
+Kind = Literal["matrix", "experts", "embedding", "head", "router", "vector", "not a float", "other shape"]
+
+_EMBEDDINGS = frozenset(
+    "embed_tokens wte wpe word_embeddings word_embedding embed_in tok_embeddings tokens_embed embed_positions "
+    "position_embeddings token_type_embeddings shared embeddings embed embedding".split()
+)
+_HEADS = frozenset("lm_head embed_out output head score".split())
+_ROUTERS = frozenset("gate router shared_expert_gate".split())
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a config: itself, or `text_config` of a multimodal one."""
+    nested = config.get("text_config")
+    return {**config, **nested} if isinstance(nested, dict) else config
+
+
+def layer_of(name: str) -> int | None:
+    """The index of the layer a tensor belongs to, None outside the layers."""
+    found = _LAYER.search(name)
+    return int(found.group(1)) if found else None
+
+
+def _modules(name: str) -> list[str]:
+    """The module path of a tensor: its dotted name without the parameter's own name."""
+    parts = name.split(".")
+    return parts[:-1] if len(parts) > 1 else parts
+
+
+def holds_experts(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> bool:
+    """Whether a 3-D tensor is a stack of expert matrices: by its name, and by the config where that counts them."""
+    if len(shape) != 3 or not any("expert" in part for part in name.split(".")):
+        return False
+    counts = [config[key] for key in _EXPERT_COUNTS if isinstance(config.get(key), int)]
+    return not counts or shape[0] in counts
+
+
+def kind_of(tensor: TensorInfo, config: Mapping[str, Any]) -> Kind:
+    """The kind of a tensor."""
+    if not tensor.is_float:
+        return "not a float"
+    if len(tensor.shape) < 2 or tensor.numel == 0:
+        return "vector"
+    if len(tensor.shape) == 3 and holds_experts(tensor.name, tensor.shape, text_config(config)):
+        return "experts"
+    if len(tensor.shape) != 2:
+        return "other shape"
+    return _kind_of_matrix(_modules(tensor.name))
+
+
+def _kind_of_matrix(modules: list[str]) -> Kind:
+    if modules[-1] in _EMBEDDINGS:
+        return "embedding"
+    # A head is the model's last module, not the `output` projection inside a block.
+    if modules[-1] in _HEADS and not any(part.isdigit() for part in modules):
+        return "head"
+    if modules[-1] in _ROUTERS or "router" in modules:
+        return "router"
+    return "matrix"

