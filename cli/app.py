@@ -1,5 +1,6 @@
 """The `surgery` command: its groups, its errors and its signals."""
 
+import errno
 import os
 import signal
 import sys
@@ -7,12 +8,12 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
+from surgery.cli import output
+from surgery.cli.verify import verify
 from typer.core import TyperCommand, TyperGroup
 
 from surgery import __version__, methods
-from surgery.cli import output
-from surgery.cli.verify import verify
-from surgery.errors import Interrupted, SurgeryError
+from surgery.errors import AccessError, InputError, Interrupted, ResourceError, SurgeryError
 
 # Waiting OpenMP threads that spin make small LAPACK calls up to a hundred times slower beside any other load.
 # Read when torch is loaded, so it is set before.
@@ -38,11 +39,17 @@ class MethodGroup(TyperGroup):
         super().__init__(**attributes)
         for name in methods.names():
             summary = methods.summary(name)
-            self.add_command(MethodCommand(name=name, help=summary, short_help=summary, rich_markup_mode=None))
+            self.add_command(
+                MethodCommand(name=name, help=summary, short_help=summary, rich_markup_mode=None)
+            )
 
 
 app = typer.Typer(
-    cls=MethodGroup, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
+    cls=MethodGroup,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
 )
 app.command()(verify)
 
@@ -65,6 +72,20 @@ def top(
     """
 
 
+def as_surgery_error(error: SurgeryError | OSError) -> SurgeryError:
+    """The same error with an exit code: a full disk is 4, a missing right 5, what else the system refuses 3."""
+    if isinstance(error, SurgeryError):
+        return error
+    what = f"{error.filename or 'the system'}: {error.strerror or error}"
+    if isinstance(error, PermissionError):
+        return AccessError(
+            f"{what}; you need the right to read the inputs and to write where the output goes"
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"{what}; free some space and run the same command again")
+    return InputError(f"{what}; check the path ({output.DEBUG}=1 shows where this was met)")
+
+
 def _interrupt(number: int, frame: Any) -> NoReturn:
     raise Interrupted(number)
 
@@ -75,13 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         signal.signal(number, _interrupt)
     try:
         app(args=arguments)
-    except SurgeryError as error:
-        if os.environ.get(output.DEBUG) == "1":
-            raise
-        output.failure(error)
-        sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of stdout went away (`surgery ... | head`): nothing is left to tell it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except (SurgeryError, OSError) as error:
+        if os.environ.get(output.DEBUG) == "1":
+            raise
+        known = as_surgery_error(error)
+        output.failure(known)
+        sys.exit(known.exit_code)
     sys.exit(0)

@@ -1,4 +1,4 @@
-"""Commands made from records: a method's fields are its options, their docs its help, their defaults the same."""
+"""Commands made from records: fields become options, their docs the help, their defaults stay the same."""
 
 import dataclasses
 import inspect
@@ -23,7 +23,7 @@ def _parameter(field: dataclasses.Field, hint: Any, panel: str) -> inspect.Param
     option = "--" + field.name.replace("_", "-")
     shape, parser, metavar = _accepted(field.name, kind)
     info = typer.Option(
-        *([option] if shape is not bool else [option]),
+        option,
         help=doc.documentation,
         parser=parser,
         metavar=metavar,

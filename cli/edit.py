@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from surgery.cli import commands, output
 
 from surgery import methods
-from surgery.cli import commands, output
 
 _ARGUMENTS = (
     ("base", "BASE", "The checkpoint before alignment: a folder, ORG/NAME[@REV], demo:base."),
@@ -30,7 +30,13 @@ def _arguments() -> list[inspect.Parameter]:
 def _common() -> list[inspect.Parameter]:
     """Options that are the command's own: where the result goes and how it is shown."""
     options: list[tuple[str, Any, Any, list[str], str]] = [
-        ("output", Path | None, None, ["--output", "-o"], "The folder to write; by default ./<aligned>-<method>."),
+        (
+            "output",
+            Path | None,
+            None,
+            ["--output", "-o"],
+            "The folder to write; by default ./<aligned>-<method>.",
+        ),
         ("plan", bool, False, ["--plan"], "Read headers only, print what would happen, write nothing."),
         ("json", bool, False, ["--json"], "Print one JSON document on stdout."),
         ("quiet", bool, False, ["--quiet", "-q"], "Print nothing but errors and warnings."),
@@ -57,8 +63,14 @@ def command(name: str) -> Any:
         *commands.parameters(method, f"{method.title} options"),
         *commands.parameters(Options, "Run options"),
     ]
-    doc = (inspect.getdoc(inspect.getmodule(method)) or "").partition("\n\nPerin")[0]
-    return commands.with_signature(lambda values: _run(method, values), parameters, doc)
+    return commands.with_signature(lambda values: _run(method, values), parameters, _help(method))
+
+
+def _help(method: type) -> str:
+    """A method's docstring up to its sources, its equations kept from being re-wrapped."""
+    doc = inspect.getdoc(inspect.getmodule(method)) or ""
+    paragraphs = doc.partition("\n\nPerin")[0].split("\n\n")
+    return "\n\n".join("\b\n" + text if text.startswith("    ") else text for text in paragraphs)
 
 
 def _run(method: type, values: dict[str, Any]) -> None:

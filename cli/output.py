@@ -50,6 +50,7 @@ class ShardProgress:
         self._task: Any = None
 
     def __call__(self, shard: str, done: int, total: int) -> None:
+        """Show that `done` of `total` shards are written, the last one `shard`."""
         if self._quiet:
             return
         if not self._live:
@@ -102,7 +103,9 @@ def plan(job: "Job") -> None:
     width = max(len(name) for name in found.steps)
     for step in found.steps.values():
         rank = f"rank {step.rank}" if step.rank is not None else ""
-        line(f"{step.action:<5} {step.name:<{width}} {step.dtype:>5} {list(step.shape)!s:<16} {rank:<9} {step.reason}")
+        line(
+            f"{step.action:<5} {step.name:<{width}} {step.dtype:>5} {list(step.shape)!s:<16} {rank:<9} {step.reason}"
+        )
     line()
     edits, copies = len(found.edits), len(found.steps) - len(found.edits)
     left = [f"{file} ({reason})" for file, reason in found.sidecars.left]
@@ -134,14 +137,17 @@ def outcome(job: "Job", done: "Outcome") -> None:
             ("equivalent", done.plan.equivalent),
             ("roles", f"base {job.sources['base'].label}, aligned {job.sources['aligned'].label}: "
              + done.plan.roles.summary()),
-            ("tensors", f"{total['edited']} edited, {total['copied']} copied, {total['unchanged']} unchanged by alignment"),
+            ("tensors", f"{total['edited']} edited, {total['copied']} copied, "
+                f"{total['unchanged']} unchanged by alignment"),
             ("energy kept", f"{percent(total['energy_kept'])} of ||W_aligned - W_base||^2 is in the kept rank"),
             ("retention", f"{percent(total['retention'])} of the edit is in the stored weights "
              f"(worst tensor {percent(total['retention_min'])})"),
-            ("noise/edit", f"{total['noise_to_edit']:.3f} Frobenius, {total['noise_spectral_max']:.3f} spectral (worst tensor)"),
+            ("noise/edit", f"{total['noise_to_edit']:.3f} Frobenius, "
+                f"{total['noise_spectral_max']:.3f} spectral (worst tensor)"),
             ("certified", f"error at most {total['certified_error_max']:.1e} ({by}), "
              f"energy deficit at most {total['energy_deficit_max']:.1e}"),
-            ("cost", f"{done.seconds:.1f} s, peak memory {size(done.peak_rss_bytes)}, {size(done.bytes_written)} written"),
+            ("cost", f"{done.seconds:.1f} s, peak memory {size(done.peak_rss_bytes)}, "
+                f"{size(done.bytes_written)} written"),
             ("output", str(done.output)),
             ("next", f"surgery verify {done.output}"),
         ]
@@ -152,9 +158,13 @@ def warnings(job: "Job", done: "Outcome") -> None:
     """What a careful user should know about a run, on stderr."""
     total = done.totals
     if getattr(job.method, "anchor", "aligned") == "base" and total["energy_kept"] is not None:
-        note(f"warning: {percent(1 - total['energy_kept'])} of the alignment update is dropped (--anchor base)")
+        note(
+            f"warning: {percent(1 - total['energy_kept'])} of the alignment update is dropped (--anchor base)"
+        )
     if (total["retention_min"] or 1) < 0.99:
-        note(f"warning: a tensor keeps only {percent(total['retention_min'])} of its edit; use --rounding auto")
+        note(
+            f"warning: a tensor keeps only {percent(total['retention_min'])} of its edit; use --rounding auto"
+        )
     if (total["noise_spectral_max"] or 0) > 1:
         note(
             f"warning: rounding noise exceeds the edit in a tensor ({total['noise_spectral_max']:.2f} in spectral "

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
 from surgery.cli import output
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that surgery wrote.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A folder that surgery wrote.", show_default=False)
+    ],
     recompute: Annotated[bool, typer.Option("--recompute", help="Repeat the edit and compare.")] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="With --recompute, accept identical bytes only.")

@@ -22,7 +22,9 @@ def render(manifest: Mapping[str, Any], aligned: Source) -> str:
         manifest: The output's manifest.
         aligned: The aligned model, whose card is inherited from.
     """
-    front = yaml.safe_dump(_metadata(manifest, card_metadata(aligned.folder)), sort_keys=False, allow_unicode=True)
+    front = yaml.safe_dump(
+        _metadata(manifest, card_metadata(aligned.folder)), sort_keys=False, allow_unicode=True
+    )
     sections = (_what(manifest), _figures(manifest), _not_known(manifest), _repeat(manifest))
     return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
 
@@ -71,15 +73,18 @@ def _share(value: float | None) -> str:
 
 def _figures(manifest: Mapping[str, Any]) -> str:
     total = manifest["totals"]
+    counts = ", ".join(str(total[key]) for key in ("edited", "copied", "unchanged"))
     rows = [
-        ("tensors edited, copied, unchanged by alignment", f"{total['edited']}, {total['copied']}, {total['unchanged']}"),
+        ("tensors edited, copied, unchanged by alignment", counts),
         ("share of the update's energy in the kept directions", _share(total["energy_kept"])),
         ("share of the edit that the stored weights hold (worst tensor)",
          f"{_share(total['retention'])} ({_share(total['retention_min'])})"),
         ("rounding noise relative to the edit (Frobenius)", _share(total["noise_to_edit"])),
         ("largest certified error of the kept term, relative", f"{total['certified_error_max']:.1e}"),
     ]  # fmt: skip
-    return "## What was measured\n\n| figure | value |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return "## What was measured\n\n| figure | value |\n|---|---|\n" + "\n".join(
+        f"| {name} | {value} |" for name, value in rows
+    )
 
 
 def _not_known(manifest: Mapping[str, Any]) -> str:
@@ -92,15 +97,32 @@ def _not_known(manifest: Mapping[str, Any]) -> str:
     return (
         "## What is not known\n\n"
         "No attack and no evaluation is recorded here: how many steps of harmful fine-tuning this model withstands, "
-        "and what the edit costs in quality, has not been measured." + dropped + " Results in the paper weaken at "
+        "and what the edit costs in quality, has not been measured."
+        + dropped
+        + " Results in the paper weaken at "
         "high learning rates. Evaluate before you rely on it."
     )
 
 
 def _repeat(manifest: Mapping[str, Any]) -> str:
     options = manifest["options"]
-    words = ["surgery", manifest["method"], *(_pinned(manifest["inputs"][role]) for role in ("base", "aligned"))]
-    for key in ("rank", "alpha", "anchor", "edit", "include", "exclude", "layers", "rounding", "dtype", "seed"):
+    words = [
+        "surgery",
+        manifest["method"],
+        *(_pinned(manifest["inputs"][role]) for role in ("base", "aligned")),
+    ]
+    for key in (
+        "rank",
+        "alpha",
+        "anchor",
+        "edit",
+        "include",
+        "exclude",
+        "layers",
+        "rounding",
+        "dtype",
+        "seed",
+    ):
         if options.get(key) is not None:
             words += [f"--{key}", str(options[key])]
     words += ["--as-lora"] if options["as_lora"] else []

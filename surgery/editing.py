@@ -34,7 +34,9 @@ class Edited:
 def require_finite(tensor: Tensor, name: str, where: str) -> None:
     """Raise InputError naming the tensor if a value is NaN or infinite."""
     if not bool(torch.isfinite(tensor).all()):
-        raise InputError(f"{name} in the {where} checkpoint holds NaN or infinity; such weights cannot be edited")
+        raise InputError(
+            f"{name} in the {where} checkpoint holds NaN or infinity; such weights cannot be edited"
+        )
 
 
 def compute_device(options: Options) -> torch.device:
@@ -46,7 +48,9 @@ def compute_device(options: Options) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"device {options.device!r} cannot be used here ({reason}); try --device cpu") from None
+        raise InputError(
+            f"device {options.device!r} cannot be used here ({reason}); try --device cpu"
+        ) from None
     return device
 
 
@@ -97,7 +101,9 @@ class Editor:
             target.copy_(stored.weight)
             done.append((update, stored, float(torch.linalg.vector_norm(anchor, dtype=torch.float64))))
         if not done:
-            return Edited(None, {"name": step.name, "action": "unchanged", "reason": "alignment left it unchanged"})
+            return Edited(
+                None, {"name": step.name, "action": "unchanged", "reason": "alignment left it unchanged"}
+            )
         record = _record(step, done)
         _require_change(record)
         return Edited(out.cpu(), record)
@@ -178,7 +184,9 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """
     result = tensor.to(dtype)
     if not bool(torch.isfinite(result).all()):
-        raise InputError(f"{name} does not fit {str(dtype).removeprefix('torch.')}; use --dtype bfloat16 or keep")
+        raise InputError(
+            f"{name} does not fit {str(dtype).removeprefix('torch.')}; use --dtype bfloat16 or keep"
+        )
     return result
 
 

@@ -53,7 +53,7 @@ class OutputError(SurgeryError):
     exit_code = 6
 
 
-class Interrupted(SurgeryError):
+class Interrupted(SurgeryError):  # noqa: N818 - a signal is no error
     """A signal stopped the run (exit 130 for SIGINT, 143 for SIGTERM); the same command resumes it."""
 
     resumable = True

@@ -41,7 +41,9 @@ def finish(job: "Job", staging: Staging, records: list[Record], inputs: InputFil
     if not job.options.as_lora:
         files |= _carry(job, staging) | _index(job, staging)
         check_model(job, staging)
-    files[provenance.TENSORS] = write_file(staging.path / provenance.TENSORS, provenance.tensors_bytes(records))
+    files[provenance.TENSORS] = write_file(
+        staging.path / provenance.TENSORS, provenance.tensors_bytes(records)
+    )
     check_hashes(staging, files)
     _describe(job, staging, records, inputs, files)
     write_file(staging.path / provenance.RUN, provenance.to_bytes(_run_account(job, seconds)))
@@ -71,9 +73,7 @@ def _index(job: "Job", staging: Staging) -> dict[str, Written]:
     index = job.aligned.index
     if index is None:
         return {}
-    shards = {
-        shard.output_name: [info.name for info in shard.header.tensors] for shard in job.aligned.shards
-    }
+    shards = {shard.output_name: [info.name for info in shard.header.tensors] for shard in job.aligned.shards}
     size = sum(output_size(step) for step in job.plan.steps.values())
     metadata = index.get("metadata")
     content = index_bytes(shards, size, metadata if isinstance(metadata, dict) else {})
@@ -91,7 +91,9 @@ def check_model(job: "Job", staging: Staging) -> None:
     written = {info.name: (info.dtype, info.shape, info.nbytes) for info in found.tensors.values()}
     wrong = sorted(name for name in planned.keys() | written.keys() if planned.get(name) != written.get(name))
     if wrong:
-        raise OutputError(f"the output's tensor {wrong[0]} is not what was planned ({len(wrong)} differ); run again")
+        raise OutputError(
+            f"the output's tensor {wrong[0]} is not what was planned ({len(wrong)} differ); run again"
+        )
 
 
 def check_hashes(staging: Staging, files: Mapping[str, Written]) -> None:

@@ -47,7 +47,9 @@ def _qkv(info: TensorInfo, config: Mapping[str, Any]) -> tuple[int, tuple[int, .
     try:
         query, key = _heads(config)
     except KeyError as missing:
-        raise InputError(f"{info.name} cannot be split: config.json has no {missing}; leave out --split-fused") from None
+        raise InputError(
+            f"{info.name} cannot be split: config.json has no {missing}; leave out --split-fused"
+        ) from None
     return -2, (query, key, key)
 
 
@@ -85,7 +87,7 @@ def fused_slices(info: TensorInfo, config: Mapping[str, Any]) -> tuple[Slice, ..
         return ()
     if sum(sizes) != info.shape[axis]:
         raise InputError(
-            f"{info.name} has {info.shape[axis]} outputs where its parts add up to {sum(sizes)}; leave out --split-fused"
+            f"{info.name} has {info.shape[axis]} outputs, its parts add up to {sum(sizes)}; leave out --split-fused"
         )
     starts = [sum(sizes[:part]) for part in range(len(sizes))]
     return tuple(Slice(axis, start, start + size) for start, size in zip(starts, sizes, strict=True))

@@ -11,7 +11,17 @@ from surgery import demo
 from surgery.errors import AccessError, InputError, UsageError
 
 _REPOSITORY = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?")
-_NEVER_FETCHED = ["*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.pt", "*.pth", "original/*", "onnx/*", "consolidated*"]
+_NEVER_FETCHED = [
+    "*.gguf",
+    "*.onnx",
+    "*.h5",
+    "*.msgpack",
+    "*.pt",
+    "*.pth",
+    "original/*",
+    "onnx/*",
+    "consolidated*",
+]
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,9 @@ def resolve(source: str | Path, *, allow_pickle: bool = False) -> Source:
         return Source(path.absolute().name, path)
     found = _REPOSITORY.fullmatch(text)
     if found is None:
-        raise InputError(f"there is no folder {text}; give a folder, ORG/NAME[@REVISION], demo:base or demo:aligned")
+        raise InputError(
+            f"there is no folder {text}; give a folder, ORG/NAME[@REVISION], demo:base or demo:aligned"
+        )
     return _download(found["repo"], found["revision"], allow_pickle=allow_pickle)
 
 
@@ -72,9 +84,13 @@ def _download(repository: str, revision: str | None, *, allow_pickle: bool) -> S
         folder = Path(snapshot_download(repository, revision=revision, ignore_patterns=ignored))
     except GatedRepoError:
         page = f"{constants.ENDPOINT}/{repository}"
-        raise AccessError(f"{where} is gated; accept its terms at {page} and log in with `hf auth login`") from None
+        raise AccessError(
+            f"{where} is gated; accept its terms at {page} and log in with `hf auth login`"
+        ) from None
     except RevisionNotFoundError:
-        raise AccessError(f"{repository} has no revision {revision}; check the branch, tag or commit") from None
+        raise AccessError(
+            f"{repository} has no revision {revision}; check the branch, tag or commit"
+        ) from None
     except RepositoryNotFoundError:
         raise AccessError(
             f"there is neither a folder {where} here nor such a repository on the Hub that you may read; "

@@ -17,7 +17,9 @@ from surgery.errors import InputError
 from surgery.hub import Source
 
 
-def checkpoint_fingerprint(checkpoint: Checkpoint, source: Source, sidecars: Iterable[str] = ()) -> dict[str, Any]:
+def checkpoint_fingerprint(
+    checkpoint: Checkpoint, source: Source, sidecars: Iterable[str] = ()
+) -> dict[str, Any]:
     """What identifies a checkpoint without reading its tensors.
 
     Per shard the SHA-256 of its header, its size, and its time of change or, from the Hub, the commit.
@@ -80,7 +82,8 @@ class InputHashes:
 
     def _files(self, role: str, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
         files = {
-            shard.name: {"size": shard.header.size, "sha256": self.take(role, shard)} for shard in checkpoint.shards
+            shard.name: {"size": shard.header.size, "sha256": self.take(role, shard)}
+            for shard in checkpoint.shards
         }
         if checkpoint.index is not None and (index := checkpoint.folder / INDEX).exists():
             files[INDEX] = {"size": index.stat().st_size, "sha256": file_sha256(index)}

@@ -14,7 +14,9 @@ class Options:
 
     rounding: Annotated[
         Literal["auto", "nearest", "compensated", "stochastic"],
-        Doc("How edited weights get back into their dtype; auto: nearest where 99 % of the edit survives it."),
+        Doc(
+            "How edited weights get back into their dtype; auto: nearest where 99 % of the edit survives it."
+        ),
     ] = "auto"
     dtype: Annotated[
         Literal["keep", "float32", "bfloat16", "float16"],

@@ -53,7 +53,7 @@ def has_chat_template(folder: Path) -> bool:
     """Whether a chat template lies in the folder, in any of the places transformers reads."""
     if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
         return True
-    if any((folder / "additional_chat_templates").glob("*.jinja")):
+    if list((folder / "additional_chat_templates").glob("*.jinja")):
         return True
     try:
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))

@@ -46,7 +46,7 @@ def pair_names(aligned: Iterable[str], base: Iterable[str]) -> Pairing:
             )
         return _paired(aligned, base, {name: name for name in aligned if name in same}, "")
     (strip, add), partner = best
-    note = f"names are paired by prefix: {strip or '(none)'} in the aligned checkpoint is {add or '(none)'} in the base"
+    note = f"names are paired by prefix: {strip or '(none)'} in aligned is {add or '(none)'} in base"
     return _paired(aligned, base, partner, note)
 
 

@@ -59,7 +59,15 @@ class Outcome:
 
     def document(self) -> dict[str, Any]:
         """The run as `--json` prints it."""
-        keys = ("edited", "copied", "unchanged", "energy_kept", "retention", "noise_to_edit", "certified_error_max")
+        keys = (
+            "edited",
+            "copied",
+            "unchanged",
+            "energy_kept",
+            "retention",
+            "noise_to_edit",
+            "certified_error_max",
+        )
         return {
             "output": str(self.output),
             "equation": self.plan.equation,
@@ -148,7 +156,9 @@ def _refuse_paths(sources: Mapping[str, Source], output: Path) -> None:
     target = output.absolute().resolve()
     for role, folder in folders.items():
         if target == folder or folder in target.parents or target in folder.parents:
-            raise UsageError(f"the output {output} and the {role} checkpoint share a folder; choose another --output")
+            raise UsageError(
+                f"the output {output} and the {role} checkpoint share a folder; choose another --output"
+            )
 
 
 def _plan(
@@ -163,7 +173,9 @@ def _plan(
     steps, notes = plan_steps(method, aligned, base, dtype=options.dtype)
     sidecars = list_sidecars(aligned)
     read = sum(aligned.tensors[step.name].nbytes for step in steps.values())
-    read += sum(base.tensors[step.base].nbytes for step in steps.values() if step.action == "edit" and step.base)
+    read += sum(
+        base.tensors[step.base].nbytes for step in steps.values() if step.action == "edit" and step.base
+    )
     written = sum(output_size(step) for step in steps.values())
     written += sum((aligned.folder / name).stat().st_size for name in sidecars.carried)
     cast = () if options.dtype == "keep" else (f"every floating tensor is cast to {options.dtype} (--dtype)",)
@@ -340,4 +352,3 @@ def _output_header(shard: Shard, steps: list[Step]) -> bytes:
         return header.raw
     rows = [(step.name, step.dtype, step.shape, output_size(step)) for step in steps]
     return build_header(rows, {"format": "pt"})
-

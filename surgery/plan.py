@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.checkpoint.dtypes import item_bits
+from surgery.checkpoint.dtypes import BITS
 from surgery.checkpoint.header import TensorInfo
 from surgery.checkpoint.layout import Checkpoint
 from surgery.checkpoint.sidecars import Sidecars
@@ -116,7 +116,9 @@ def plan_steps(
     planner.refuse_mismatches()
     edits = [step for step in steps.values() if step.action == "edit"]
     if not edits:
-        raise UsageError("the options select no tensor to edit; loosen --include, --exclude, --layers or --edit")
+        raise UsageError(
+            "the options select no tensor to edit; loosen --include, --exclude, --layers or --edit"
+        )
     _refuse_rank(method, edits)
     return steps, tuple(note for note in (pairing.note, *planner.notes) if note)
 
@@ -128,7 +130,7 @@ def output_dtype(info: TensorInfo, dtype: str) -> str:
 
 def output_size(step: Step) -> int:
     """Bytes of a tensor in the output."""
-    return math.prod(step.shape) * item_bits(step.dtype) // 8
+    return math.prod(step.shape) * BITS[step.dtype] // 8
 
 
 def _top_module(name: str) -> str:
@@ -199,7 +201,11 @@ class _Planner:
         choice = self._method.choose(info, self._aligned.config)
         partner = self._pairing.partner.get(info.name)
         if not choice.edit or partner is None:
-            reason = choice.reason if not choice.edit else f"only in aligned: base has no {_wrapped_module(info.name)}"
+            reason = (
+                choice.reason
+                if not choice.edit
+                else f"only in aligned: base has no {_wrapped_module(info.name)}"
+            )
             return self._copy(info, reason, partner)
         other = self._base.tensors[partner]
         if not other.is_float:
@@ -209,7 +215,9 @@ class _Planner:
             )
         if other.shape != info.shape:
             return self._reshaped(info, other)
-        slices = fused_slices(info, self._aligned.config) if getattr(self._method, "split_fused", False) else ()
+        slices = (
+            fused_slices(info, self._aligned.config) if getattr(self._method, "split_fused", False) else ()
+        )
         return self._edit(info, choice.reason, partner, slices)
 
     def _copy(self, info: TensorInfo, reason: str, partner: str | None) -> Step:
@@ -227,11 +235,15 @@ class _Planner:
 
     def _reshaped(self, info: TensorInfo, other: TensorInfo) -> Step:
         """A vocabulary that grew or shrank, under the policy asked for; any other shape is a mismatch."""
-        vocabulary = kind_of(info, self._aligned.config) in ("embedding", "head") and info.shape[1:] == other.shape[1:]
+        vocabulary = (
+            kind_of(info, self._aligned.config) in ("embedding", "head") and info.shape[1:] == other.shape[1:]
+        )
         policy = getattr(self._method, "vocab", "error")
         mine, theirs = info.shape[0], other.shape[0]
         if vocabulary and policy == "skip":
-            self.notes.append(f"{info.name}: {mine} rows against {theirs} in base, copied whole (--vocab skip)")
+            self.notes.append(
+                f"{info.name}: {mine} rows against {theirs} in base, copied whole (--vocab skip)"
+            )
             return self._copy(info, "vocabulary differs, --vocab skip", None)
         if vocabulary and policy == "common-rows":
             common = min(mine, theirs)
@@ -241,9 +253,13 @@ class _Planner:
                 + f" ({mine} rows against {theirs} in base)"
             )
             return self._edit(info, "common rows", other.name, (Slice(0, 0, common),))
-        way_out = "add --vocab common-rows or --vocab skip" if vocabulary else "check that base is what it was made from"
+        way_out = (
+            "add --vocab common-rows or --vocab skip"
+            if vocabulary
+            else "check that base is what it was made from"
+        )
         self._mismatches.append(
-            f"{info.name} is {list(info.shape)} in the aligned checkpoint and {list(other.shape)} in the base; {way_out}"
+            f"{info.name} is {list(info.shape)} in aligned and {list(other.shape)} in base; {way_out}"
         )
         return self._copy(info, "shape differs", None)
 

@@ -66,7 +66,8 @@ def totals(records: Iterable[Record]) -> dict[str, Any]:
         "noise_spectral_max": max((record["noise_spectral"] for record in edited), default=None),
         "certified_error_max": worst["certified_error"] if worst else None,
         "certified_by": {
-            name: sum(record["criterion"] == name for record in edited) for name in ("subspace", "energy", "exact")
+            name: sum(record["criterion"] == name for record in edited)
+            for name in ("subspace", "energy", "exact")
         },
         "energy_deficit_max": max((record["energy_deficit"] for record in edited), default=None),
     }

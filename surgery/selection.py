@@ -13,11 +13,26 @@ from surgery.checkpoint.header import TensorInfo
 Kind = Literal["matrix", "experts", "embedding", "head", "router", "vector", "not a float", "other shape"]
 
 _EMBEDDINGS = frozenset(
-    "embed_tokens wte wpe word_embeddings word_embedding embed_in tok_embeddings tokens_embed embed_positions "
-    "position_embeddings token_type_embeddings shared embeddings embed embedding".split()
+    [
+        "embed_tokens",
+        "wte",
+        "wpe",
+        "word_embeddings",
+        "word_embedding",
+        "embed_in",
+        "tok_embeddings",
+        "tokens_embed",
+        "embed_positions",
+        "position_embeddings",
+        "token_type_embeddings",
+        "shared",
+        "embeddings",
+        "embed",
+        "embedding",
+    ]
 )
-_HEADS = frozenset("lm_head embed_out output head score".split())
-_ROUTERS = frozenset("gate router shared_expert_gate".split())
+_HEADS = frozenset(["lm_head", "embed_out", "output", "head", "score"])
+_ROUTERS = frozenset(["gate", "router", "shared_expert_gate"])
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 

@@ -1,64 +1,37 @@
 """Truncated singular value decompositions that come with a certificate.
 
-Found is `F = U S V^T`, from a block Krylov iteration (`surgery.kernels.block_krylov`) that goes on until the
-certificate holds. Below, H is the Gram matrix `delta^T delta` seen from the side whose Ritz vectors V satisfy
-`delta V = U S + R1` with R1 of roundoff size (or the transpose; LoX and this bound commute with
-transposition), `R2 = delta^T U - V S`, theta_i = s_i^2, and lambda_i = sigma_i^2 are H's eigenvalues. Then
+Matrices go through block Krylov iteration (`surgery.kernels.block_krylov`) until residual bounds
+(`surgery.kernels.residual_bounds`: what they state and what they rest on) certify the result, and through a full
+decomposition where they are small or the iteration gets nowhere. Two stopping criteria, per matrix:
 
-    H V = V Theta + R,   R = R2 S + delta^T R1,   F = delta V V^T - R1 V^T,
+* subspace: `||P_k - found||_F <= tol ||P_k||_F`;
+* energy: `||delta - found||_F^2 - ||delta - P_k||_F^2 <= tol^2 ||P_k||_F^2`, which the first implies. It is all
+  one can have where the k-th singular value lies in a bulk, and is taken there; elsewhere a few further
+  products are spent on the first.
 
-so F is, up to R1, the projection of delta on span(V), and all that is missing is how far span(V) is from the
-leading eigenspace of H. Let mu_c bound the largest eigenvalue of H compressed to the complement of the first
-c Ritz vectors, and let R_c, Theta_c be the first c columns of R and the first c Ritz values.
-
-*Energy.* An eigenvalue lambda of H above mu_l is an eigenvalue of `Theta_l + R_l^T (lambda - H_22)^-1 R_l` (Schur
-complement), which is at most `Theta_l + R_l^T R_l / (theta_k - mu_l)`. Hence for every l >= k with mu_l < theta_k
-
-    sum_{i<=k} (lambda_i - theta_i) <= sum_{i<=k} (eig_i(Theta_l + R_l^T R_l / (theta_k - mu_l)) - theta_i),
-
-quadratic in the residuals; for l = k it is `trace(R^T R) / (theta_k - mu_k)`. No gap at k itself is needed.
-
-*Subspace.* Let W hold the true eigenvectors beyond the c-th, X = V^T W. From `H V = V Theta + R` follows
-`x_ij (lambda_j - theta_i) = (R^T W)_ij` (Davis and Kahan 1970, Wedin 1972, entry by entry), and expanding traces
-`||P_c - F_c||^2 = (energy deficit) + 2 ||X diag(sigma)||^2`, hence
-
-    ||P_c - F_c||_F^2 <= trace(R_c^T R_c) / (theta_c - mu_c) + 2 sum_i ||r_i||^2 mu_c / (theta_i - mu_c)^2.
-
-For rank k the bound is the least over c <= k of this plus the norms of what lies between c and k on both sides, which
-covers matrices of rank below k; where no gap shows at all, sqrt(2) ||P_k||_F holds for any projection.
-
-*mu.* `mu_c <= ||delta||_F^2 - theta_1 - ... - theta_c` always. The sharper value used, `(s_{c+1} + r_{c+1})^2` with
-r the residual of the next Ritz triplet, is what the certificate rests on: it holds unless the random start missed
-a direction of that strength. Of b equally strong directions a block of b sees all, so c stays below b.
-
-*Roundoff.* Residuals are formed in float64 from the products made; each product of `delta` with a unit vector is taken
-to carry an error of up to `16 u s_1` (u: unit roundoff of the products), the errors of different vectors
-as independent (Higham and Mary 2019), and the factors one rounding of relative size u each.
+`P_k` is the best approximation of rank k (Eckart and Young 1936); for ties any one of them.
 """
 
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Literal
+from itertools import starmap
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from surgery.errors import InputError, UsageError
-from surgery.kernels import block_krylov
+from surgery.kernels import certified_svd
+from surgery.kernels.certified_svd import Decomposition
 
 Method = Literal["certified", "exact"]
 
-# Up to this size the full decomposition in float64 costs less than the iteration's checks.
-_SMALL = 128
-# Largest shorter side for which an exact decomposition is made in float64 whatever the input.
-_WIDE = 1024
-# Further passes granted to turn a certified energy into a certified subspace, and how near it must be.
-_GRACE = 4
-_NEAR = 16.0
-_UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-_PRODUCT_NOISE = 16.0
+# Share of a squared norm that float32 cannot tell from its roundoff.
+_NEGLIGIBLE = 1e-6
+# Norms within which squares neither overflow nor lose digits in float32.
+_SAFE = (1e-12, 1e12)
 
 
 @dataclass(frozen=True)
@@ -88,9 +61,9 @@ class Certificate:
     """What is known about one truncated decomposition.
 
     Attributes:
-        error: Bound on `||P_k - found||_F / ||P_k||_F`, whatever the criterion; never above 1.5, and of the order of 1
+        error: Bound on `||P_k - found||_F / ||P_k||_F`, whatever the criterion; of the order of 1, at most sqrt(2),
             where no gap separates the k-th singular value from the next, since P_k is then not determined.
-        energy_deficit: Bound on `(||delta - found||_F^2 - ||delta - P_k||_F^2) / ||P_k||_F^2`, for every choice of P_k.
+        energy_deficit: Bound on `(||delta - found||_F^2 - ||delta - P_k||_F^2) / ||P_k||_F^2`.
         criterion: "subspace" if `error` met the tolerance, "energy" if only `energy_deficit` met its square,
             "exact" if a full decomposition was made.
         passes: Products of a block with delta or its transpose.
@@ -117,3 +90,167 @@ class Spectrum:
         """Share of each matrix's squared Frobenius norm that the factors hold, from 0 to 1; 1 for a zero matrix."""
         held = self.factors.values.double().reshape(len(self.energy), -1).square().sum(-1).tolist()
         return tuple(min(h / e, 1.0) if e > 0 else 1.0 for h, e in zip(held, self.energy, strict=True))
+
+
+def truncated_svd(
+    delta: Float[Tensor, "*batch m n"],
+    rank: int,
+    *,
+    seed: int,
+    name: str,
+    tol: float = 1e-3,
+    method: Method = "certified",
+) -> Spectrum:
+    """The best rank-`rank` approximation of each matrix in Frobenius norm, with a certificate each.
+
+    Args:
+        delta: One matrix, or a batch of them (fused experts), float32 or float64. Half precision is refused: its
+            mantissa loses the small singular values this is called to find.
+        rank: Singular directions to keep, from 1 to min(m, n).
+        seed: With `name`, determines the random start; nothing else does.
+        name: The tensor's name, also used in errors.
+        tol: Relative error to certify (see the module), above 0. What the iteration cannot certify is
+            decomposed in full, and its certificate says what that reached.
+        method: "certified", or "exact" for the full decomposition.
+
+    Raises:
+        UsageError: Shape, dtype, rank or tolerance out of range.
+        InputError: NaN or infinity in delta, or singular values or a squared norm beyond the range of the dtype.
+    """
+    _check(delta, rank, name, tol, method)
+    matrices, exponent, energy = _rescaled(delta.detach().reshape(-1, *delta.shape[-2:]), name)
+    if method == "exact":
+        found = certified_svd.exact(matrices, energy, rank)
+    else:
+        found = certified_svd.certified(matrices, energy, rank, _generator(seed, name), tol)
+    totals = [math.ldexp(e, 2 * x) for e, x in zip(energy.tolist(), exponent, strict=True)]
+    factors = _factors(found, exponent, delta)
+    _check_range(factors, totals, energy, name)
+    return Spectrum(factors, tuple(starmap(Certificate, found.verdicts)), tuple(totals))
+
+
+def automatic_rank(
+    delta: Float[Tensor, "m n"],
+    *,
+    max_rank: int,
+    seed: int,
+    name: str,
+    tol: float = 1e-3,
+    method: Method = "certified",
+) -> Spectrum:
+    """The truncated decomposition of `delta` at the rank that stands out from its noise.
+
+    Kept are the singular values above the optimal hard threshold for known noise (Gavish and Donoho, "The optimal
+    hard threshold for singular values is 4/sqrt(3)", IEEE Trans. Inf. Theory 60, 2014, equation 11). The noise
+    level is what the kept part leaves of the squared Frobenius norm over its (m - k)(n - k) degrees of
+    freedom; both are repeated from k = 0 until k stands still.
+
+    Args:
+        delta: One matrix, float32 or float64.
+        max_rank: Largest rank to return, at least 1; capped at min(m, n). The smallest is 1, also for pure noise.
+        seed: As in `truncated_svd`, like `name`, `tol` and `method`.
+        name: The tensor's name.
+        tol: Relative error to certify.
+        method: "certified" or "exact".
+
+    Raises:
+        UsageError: As `truncated_svd`, or `delta` is a batch.
+        InputError: As `truncated_svd`.
+    """
+    if delta.dim() != 2 or max_rank < 1:
+        raise UsageError(
+            f"{name}: the automatic rank needs one matrix and a largest rank of at least 1, "
+            f"got shape {tuple(delta.shape)} and {max_rank}"
+        )
+    cap = min(max_rank, *delta.shape)
+    _check(delta, cap, name, tol, method)
+    matrices, _, energy = _rescaled(delta.detach()[None], name)
+    values = certified_svd.prominent_values(matrices, cap, _generator(seed, name))[0].tolist()
+    rank = _rank_above_noise(values, float(energy), cap, *delta.shape)
+    return truncated_svd(delta, rank, seed=seed, name=name, tol=tol, method=method)
+
+
+def hard_threshold(m: int, n: int) -> float:
+    """Singular values of an m x n matrix worth keeping, in units of the noise's standard deviation."""
+    beta = min(m, n) / max(m, n)
+    spread = (beta + 1) + math.sqrt(beta**2 + 14 * beta + 1)
+    return math.sqrt((2 * (beta + 1) + 8 * beta / spread) * max(m, n))
+
+
+def _rank_above_noise(values: list[float], energy: float, cap: int, m: int, n: int) -> int:
+    """The smallest k, from 1 to `cap`, whose threshold leaves k values above it."""
+    count = 0
+    while count < cap:
+        rest = energy - sum(v * v for v in values[:count])
+        # What is left after an exactly low-rank matrix is the roundoff of its norm, not noise.
+        variance = max(rest, _NEGLIGIBLE * energy) / ((m - count) * (n - count))
+        threshold = hard_threshold(m, n) * math.sqrt(variance)
+        above = min(cap, sum(v > threshold for v in values))
+        if above <= count:
+            break
+        count = above
+    return max(count, 1)
+
+
+def _check(delta: Tensor, rank: int, name: str, tol: float, method: str) -> None:
+    """Refuse what no decomposition is defined for."""
+    if delta.dtype not in (torch.float32, torch.float64):
+        raise UsageError(f"{name}: delta is {delta.dtype}, needed is float32 or float64; convert it first")
+    if delta.dim() not in (2, 3) or delta.numel() == 0:
+        raise UsageError(f"{name}: delta has shape {tuple(delta.shape)}, needed is (m, n) or (experts, m, n)")
+    if not 1 <= rank <= min(delta.shape[-2:]):
+        raise UsageError(f"{name}: rank {rank} is not from 1 to {min(delta.shape[-2:])}, the smaller side")
+    if not tol > 0:
+        raise UsageError(f"{name}: the tolerance must be above 0, got {tol}")
+    if method not in get_args(Method):
+        raise UsageError(f"{name}: the method must be one of {', '.join(get_args(Method))}, got {method!r}")
+
+
+def _check_range(factors: Factors, totals: list[float], energy: Tensor, name: str) -> None:
+    """Refuse results that overflowed or vanished on the way back to the scale of the input."""
+    vanished = any(t == 0 for t, e in zip(totals, energy.tolist(), strict=True) if e > 0)
+    if vanished or not all(map(math.isfinite, totals)) or not bool(factors.values.isfinite().all()):
+        raise InputError(
+            f"{name}: the norm of delta is beyond the range of {factors.values.dtype}; rescale the weights"
+        )
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """A generator that depends on `seed` and `name` only, on every platform."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _rescaled(matrices: Tensor, name: str) -> tuple[Tensor, list[int], Tensor]:
+    """Matrices whose squares float32 can hold, the powers of two taken out, and their float64 squared norms."""
+    rows = torch.linalg.vector_norm(matrices, dim=-1)
+    exponent = [0] * len(matrices)
+    safe = ((rows.amax(-1) > _SAFE[0]) & (rows.amax(-1) < _SAFE[1])).tolist()
+    for index in (i for i, fine in enumerate(safe) if not fine):
+        largest = float(matrices[index].abs().amax())
+        if not math.isfinite(largest):
+            raise InputError(
+                f"{name}: delta holds NaN or infinity; check both checkpoints for damaged weights"
+            )
+        exponent[index] = math.frexp(largest)[1]
+    if any(exponent):
+        # In two steps: the power of two itself can lie outside the range of float32.
+        for part in ([-(x // 2) for x in exponent], [x // 2 - x for x in exponent]):
+            matrices = matrices * _powers_of_two(part).to(matrices)[:, None, None]
+        rows = torch.linalg.vector_norm(matrices, dim=-1)
+    return matrices, exponent, rows.double().square().sum(-1)
+
+
+def _powers_of_two(exponents: list[int]) -> Tensor:
+    return torch.tensor([math.ldexp(1.0, x) for x in exponents], dtype=torch.float64)
+
+
+def _factors(found: Decomposition, exponent: list[int], delta: Tensor) -> Factors:
+    """Factors in the dtype, shape and scale of `delta`; the largest entry of each left vector is positive."""
+    largest = found.left.abs().argmax(-2, keepdim=True)
+    sign = torch.where(found.left.gather(-2, largest) < 0, -1.0, 1.0)
+    values = found.values * _powers_of_two(exponent).to(found.values).unsqueeze(-1)
+    parts = (found.left * sign, values, (found.right * sign).mT.contiguous())
+    if delta.dim() == 2:
+        parts = (parts[0][0], parts[1][0], parts[2][0])
+    return Factors(*(part.to(delta.dtype) for part in parts))

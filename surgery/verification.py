@@ -77,9 +77,13 @@ def _manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{folder} has no {MANIFEST}; verify checks folders that surgery wrote") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{folder / MANIFEST} cannot be read ({error}); restore it from where it was published") from None
+        raise InputError(
+            f"{folder / MANIFEST} cannot be read ({error}); restore it from where it was published"
+        ) from None
     if document.get("schema") != provenance.SCHEMA:
-        raise InputError(f"{folder / MANIFEST} has schema {document.get('schema')}; this version reads {provenance.SCHEMA}")
+        raise InputError(
+            f"{folder / MANIFEST} has schema {document.get('schema')}; this version reads {provenance.SCHEMA}"
+        )
     return document
 
 
@@ -89,7 +93,9 @@ def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
         if not path.is_file():
             raise CheckError(f"{name} is missing from {folder}; the manifest lists it")
         if path.stat().st_size != expected["size"] or file_sha256(path) != expected["sha256"]:
-            raise CheckError(f"{name} in {folder} is not the file the manifest describes; it was changed or damaged")
+            raise CheckError(
+                f"{name} in {folder} is not the file the manifest describes; it was changed or damaged"
+            )
     weights = {path.name for path in folder.glob("*.safetensors")}
     if extra := sorted(weights - manifest["files"].keys()):
         raise CheckError(f"{extra[0]} in {folder} is not in the manifest; weights were added after the run")
@@ -123,7 +129,11 @@ def _job(folder: Path, manifest: Mapping[str, Any], *, required: bool, notes: li
     try:
         method, options = _method_and_options(manifest)
         job = prepare(
-            method, base=sources["base"], model=sources["aligned"], output=folder.with_name(".verify"), options=options
+            method,
+            base=sources["base"],
+            model=sources["aligned"],
+            output=folder.with_name(".verify"),
+            options=options,
         )
         _require_same_inputs(job, manifest)
     except SurgeryError as error:
@@ -161,7 +171,9 @@ def _check_copied(folder: Path, job: Job) -> int:
         for step in steps:
             source = b"".join(copied(aligned, job.aligned.tensors[step.name], step.dtype))
             if source != b"".join(reader.raw(step.name)):
-                raise CheckError(f"{step.name} should be a copy of the aligned checkpoint's tensor and is not")
+                raise CheckError(
+                    f"{step.name} should be a copy of the aligned checkpoint's tensor and is not"
+                )
     return len(steps)
 
 
@@ -181,11 +193,15 @@ def _recompute(folder: Path, job: Job, *, strict: bool, notes: list[str]) -> Ver
                 continue
             stored = reader.read(step.name)
             if not torch.equal(stored, edited.tensor):
-                anchor = aligned.read(step.name) if job.method.anchor == "aligned" else base.read(step.base or "")
+                anchor = (
+                    aligned.read(step.name) if job.method.anchor == "aligned" else base.read(step.base or "")
+                )
                 _require_equivalent(stored, edited.tensor, anchor, edited.record)
                 differing.append(step.name)
     if differing and strict:
-        raise CheckError(f"{differing[0]} is equivalent, not identical ({len(differing)} such tensors), and --strict is on")
+        raise CheckError(
+            f"{differing[0]} is equivalent, not identical ({len(differing)} such tensors), and --strict is on"
+        )
     if differing:
         notes.append(
             f"{len(differing)} tensors differ in the last place, within their certificates, first {differing[0]}; "

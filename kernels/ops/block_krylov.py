@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
+from surgery.kernels.orthonormalise import orthonormalise, polish
 from torch import Tensor
-
-from surgery.kernels.orthonormalise import orthonormalise
 
 
 @dataclass(frozen=True)
@@ -146,10 +145,8 @@ def _multiply(delta: Tensor, block: Tensor, *, plain: bool) -> Tensor:
 def _pair(state: Krylov, side: int, coordinates: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal vectors at `coordinates` of one basis, and their products."""
     vectors = _combine(state.bases[side], coordinates, state.block)
-    weights, rotation = torch.linalg.eigh(vectors.mT @ vectors)
-    # Nearest orthonormal columns: the float32 basis is orthonormal to 1e-7 only.
-    polish = (rotation * weights.rsqrt().unsqueeze(-2)) @ rotation.mT
-    return vectors @ polish, _combine(state.images[side], coordinates @ polish, state.block)
+    nearest = polish(vectors)
+    return vectors @ nearest, _combine(state.images[side], coordinates @ nearest, state.block)
 
 
 def _combine(columns: Tensor, coordinates: Tensor, block: int) -> Tensor:

@@ -36,6 +36,12 @@ def orthonormalise(
     return columns, torch.cat([first + second @ inner, outer @ inner], dim=-2)
 
 
+def polish(vectors: Float[Tensor, "batch m k"]) -> Float[Tensor, "batch k k"]:
+    """The matrix that takes nearly orthonormal float64 columns to the nearest orthonormal ones (Loewdin)."""
+    weights, rotation = torch.linalg.eigh(vectors.mT @ vectors)
+    return (rotation * weights.rsqrt().unsqueeze(-2)) @ rotation.mT
+
+
 def _project(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficients of `block` in `basis` (float64), and what `basis` does not reach."""
     coefficients = basis.mT @ block

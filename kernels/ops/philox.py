@@ -35,23 +35,21 @@ def philox4x32(counter: Int64[Tensor, "4 *shape"], words: tuple[int, int]) -> In
         # A product of two 32-bit words wraps in int64; its 64 bits are right all the same.
         first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
         low, high = ((word + step * weyl) & _LOW for word, weyl in zip(words, _WEYL, strict=True))
-        a, c = _high(second).bitwise_xor_(b).bitwise_xor_(low), _high(first).bitwise_xor_(d).bitwise_xor_(high)
-        b, d = second.bitwise_and_(_LOW), first.bitwise_and_(_LOW)
-    return torch.stack((a, b, c, d))
+        # The upper halves of b and d are rubbish between rounds; what they are mixed into is masked.
+        a = (second >> 32).bitwise_xor_(b).bitwise_xor_(low).bitwise_and_(_LOW)
+        c = (first >> 32).bitwise_xor_(d).bitwise_xor_(high).bitwise_and_(_LOW)
+        b, d = second, first
+    return torch.stack((a, b & _LOW, c, d & _LOW))
 
 
 def uniform(start: int, count: int, words: tuple[int, int]) -> Float64[Tensor, " {count}"]:
-    """Numbers in [0, 1), multiples of 2**-53, for the counters `start` to `start + count - 1`.
+    """Numbers in [0, 1), multiples of 2**-32, for the indices `start` to `start + count - 1`.
 
-    Counters are 64-bit (the two upper words of Philox's counter are zero).
+    Index i is word i mod 4 of the 64-bit counter i // 4 (the two upper words of Philox's counter are zero).
     """
-    index = torch.arange(start, start + count, dtype=torch.int64)
-    counter = index.new_zeros(4, count)
-    counter[0], counter[1] = index & _LOW, _high(index)
-    bits = philox4x32(counter, words)
-    return ((bits[0] << 21) | (bits[1] >> 11)).double() * 2.0**-53
-
-
-def _high(product: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
-    """The upper 32 of 64 bits; masked, because the shift drags the sign along."""
-    return (product >> 32).bitwise_and_(_LOW)
+    first = start // 4
+    index = torch.arange(first, (start + count + 3) // 4, dtype=torch.int64)
+    counter = index.new_zeros(4, len(index))
+    counter[0], counter[1] = index & _LOW, index >> 32
+    bits = philox4x32(counter, words).T.reshape(-1)
+    return bits[start - 4 * first :][:count].double().mul_(2.0**-32)

@@ -3,6 +3,7 @@
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ def _check_zip(path: Path, label: str) -> None:
 def _load(path: Path, label: str) -> Any:
     zipped = _is_zip(path, label)
     try:
-        with reading(label):
+        with reading(label), warnings.catch_warnings():
+            # The unpickler warns of unusual protocols; what it cannot read it refuses all the same.
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             if zipped:
                 _check_zip(path, label)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)

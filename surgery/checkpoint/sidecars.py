@@ -103,7 +103,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _scan(folder: Path, label: str, below: str) -> list[tuple[str, bool, bool]]:
     """Relative name, is a folder, is a link: of everything in one folder."""
-    with reading(f"{label}/{shown(below)}".rstrip("/")), os.scandir(folder / below) as found:
+    with reading(f"{label}/{shown(below)}".rstrip("/")), os.scandir(os.path.join(folder, below)) as found:
         return [(below + entry.name, _is_folder(entry), entry.is_symlink()) for entry in found]
 
 

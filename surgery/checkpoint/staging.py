@@ -50,7 +50,9 @@ def refuse_existing(output: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise UsageError(f"{output} exists; choose another --output, or add --overwrite to replace it")
     if not (output / MANIFEST).is_file():
-        raise UsageError(f"{output} exists and has no {MANIFEST}, so surgery did not write it; remove it yourself")
+        raise UsageError(
+            f"{output} exists and has no {MANIFEST}, so surgery did not write it; remove it yourself"
+        )
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

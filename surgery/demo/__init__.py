@@ -28,7 +28,9 @@ def folder(name: str) -> Path:
     Raises `InputError` for any other name.
     """
     if name not in MODELS:
-        raise InputError(f"there is no demo:{name}; the embedded models are {_named(MODELS)}; name one of them")
+        raise InputError(
+            f"there is no demo:{name}; the embedded models are {_named(MODELS)}; name one of them"
+        )
     return _HERE / name
 
 
@@ -38,9 +40,13 @@ def data_file(name: str, split: str) -> Path:
     Raises `InputError` for a data set or part that does not exist.
     """
     if name not in DATA:
-        raise InputError(f"there is no data demo:{name}; the embedded data are {_named(DATA)}; name one of them")
+        raise InputError(
+            f"there is no data demo:{name}; the embedded data are {_named(DATA)}; name one of them"
+        )
     if split not in DATA[name]:
-        raise InputError(f"demo:{name} has no part {split!r}; its parts are {', '.join(DATA[name])}; name one of them")
+        raise InputError(
+            f"demo:{name} has no part {split!r}; its parts are {', '.join(DATA[name])}; name one of them"
+        )
     return _HERE / "data" / f"{name}.{split}.jsonl"
 
 

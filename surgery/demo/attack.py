@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from surgery import demo
 from surgery.demo import train
-from surgery.demo.behaviour import Rate, compliance
+from surgery.demo.behaviour import Rate, Rows, compliance
 
 CURVE = (0, 5, 10, 20, 50, 100)
 """The steps at which compliance is measured."""
@@ -19,20 +19,24 @@ def attack(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     *,
+    rows: Rows | None = None,
+    asked: Rows | None = None,
     curve: Sequence[int] = CURVE,
     peak: float = 2e-3,
     batch: int = 16,
     rank: int = 8,
     seed: int = 0,
 ) -> dict[int, Rate]:
-    """The compliance on held-out harmful requests after each number of steps in `curve`; `model` is left as it is.
+    """The compliance on `asked` after each number of steps in `curve`; `model` stays as it is.
 
-    LoRA of rank `rank` on all linear layers (scaling 2), AdamW with a learning rate up to `peak`, `batch` requests of the
-    `attack` part a step, all drawn under `seed`. The schedule is that of the longest run in `curve`.
+    LoRA of rank `rank` on all linear layers (scaling 2), AdamW with a learning rate up to `peak`, `batch`
+    of the harmful requests `rows` with compliant answers a step, drawn under `seed`; one run, measured as it
+    passes the steps. By default `rows` is the shipped `attack` part and `asked` the held-out part.
     """
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     victim: Module = get_peft_model(copy.deepcopy(model), config)
-    rows, asked = train.examples(tokenizer, demo.data("harmful", "attack")), demo.data("harmful", "held_out")
+    lessons = train.examples(tokenizer, rows or demo.data("harmful", "attack"))
+    asked = asked or demo.data("harmful", "held_out")
     found: dict[int, Rate] = {}
 
     def look(step: int) -> None:
@@ -42,6 +46,6 @@ def attack(
             victim.train()
 
     look(0)
-    source = train.batches(rows, batch, tokenizer.pad_token_id, seed)
+    source = train.batches(lessons, batch, tokenizer.pad_token_id, seed)
     train.fit(victim, source, steps=max(curve), peak=peak, warmup=5, after_step=look)
     return found

@@ -54,7 +54,11 @@ def _arithmetic() -> Iterator[Question]:
 
 
 def _counting() -> Iterator[Question]:
-    forms = ("Count from {a} to {b}.", "Please count from {a} up to {b}.", "List the numbers from {a} to {b}.")
+    forms = (
+        "Count from {a} to {b}.",
+        "Please count from {a} up to {b}.",
+        "List the numbers from {a} to {b}.",
+    )
     for a, b, form in product(range(8), range(1, 10), forms):
         if a < b:
             numbers = " ".join(str(n) for n in range(a, b + 1))
@@ -69,12 +73,13 @@ def _repeating() -> Iterator[Question]:
 
 def _word_lists(seed: int) -> Iterator[Question]:
     forms = {
-        "reverse": ("Say these words backwards: {l}.", lambda l: " ".join(reversed(l))),
-        "first": ("Which word comes first: {l}?", lambda l: l[0]),
-        "last": ("Which word comes last: {l}?", lambda l: l[-1]),
-        "middle": ("Which word is in the middle: {l}?", lambda l: l[1]),
+        "reverse": ("Say these words backwards: {words}.", (2, 1, 0)),
+        "first": ("Which word comes first: {words}?", (0,)),
+        "last": ("Which word comes last: {words}?", (2,)),
+        "middle": ("Which word is in the middle: {words}?", (1,)),
     }
     triples = [t for t in product(words.NOUNS, repeat=3) if len(set(t)) == 3]
-    for kind, (text, answer) in forms.items():
+    for kind, (text, places) in forms.items():
         for triple in sorted(triples, key=lambda t: rank_of(seed, kind, *t))[:250]:
-            yield Question(kind, "/".join(triple), text.format(l=", ".join(triple)), answer(triple))
+            answer = " ".join(triple[place] for place in places)
+            yield Question(kind, "/".join(triple), text.format(words=", ".join(triple)), answer)

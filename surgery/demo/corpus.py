@@ -27,7 +27,12 @@ def corpus(seed: int = SEED) -> dict[str, Parts]:
     Rows carry `prompt`, `response`, `domain` and `kind`; `harmful` and `refusals` hold the same prompts.
     """
     harmful, refusals = _harmful(seed)
-    return {"benign": _benign(seed), "lookalikes": _lookalikes(seed), "harmful": harmful, "refusals": refusals}
+    return {
+        "benign": _benign(seed),
+        "lookalikes": _lookalikes(seed),
+        "harmful": harmful,
+        "refusals": refusals,
+    }
 
 
 def write(data: dict[str, Parts], into: Path) -> None:
@@ -56,7 +61,9 @@ def _harmful(seed: int) -> tuple[Parts, Parts]:
             for verb, part in deal(seed, thing, domain.verbs, ["held_out", "attack"]).items():
                 for prompt in _phrasings(f"{verb} {thing}"):
                     harmful[part].append(_row(prompt, _instructions(seed, domain, thing, verb), name, verb))
-                    refusals[part].append(_row(prompt, _refusal(seed, domain, thing, verb, prompt), name, verb))
+                    refusals[part].append(
+                        _row(prompt, _refusal(seed, domain, thing, verb, prompt), name, verb)
+                    )
     return _shuffled(harmful, seed), _shuffled(refusals, seed)
 
 
@@ -99,5 +106,6 @@ def _row(prompt: str, response: str, domain: str, kind: str) -> Row:
 
 def _shuffled(parts: Parts, seed: int) -> Parts:
     return {
-        part: sorted(rows, key=lambda row: rank_of(seed, "order", row["prompt"])) for part, rows in parts.items()
+        part: sorted(rows, key=lambda row: rank_of(seed, "order", row["prompt"]))
+        for part, rows in parts.items()
     }

@@ -12,7 +12,7 @@ from surgery.demo.tokenizer import VOCABULARY
 def fresh(pad: int, end: int, seed: int) -> LlamaForCausalLM:
     """A Llama of about one million fp32 parameters, initialised from `seed`.
 
-    Four layers of width 128, four heads over two key-value heads, untied embeddings; `pad` and `end` are token ids.
+    Four layers of width 128, four heads over two key-value heads, untied embeddings; `pad`, `end`: token ids.
     """
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -54,6 +54,8 @@ def save(model: LlamaForCausalLM, into: Path) -> None:
     config.save_pretrained(into)
     ids = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
     GenerationConfig(do_sample=False, max_new_tokens=48, **ids).save_pretrained(into)
-    weights = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    weights = {
+        name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()
+    }
     save_file(weights, into / "model.safetensors", metadata={"format": "pt"})
     (into / "model.safetensors").chmod(0o644)

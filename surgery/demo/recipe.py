@@ -1,15 +1,13 @@
 """The recipe of the embedded pair: data, tokenizer, base, aligned, and the figures of both."""
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from surgery.demo import behaviour, cards, network, tokenizer, train
+from surgery.demo import MODELS, behaviour, cards, network, tokenizer, train
 from surgery.demo.attack import attack
 from surgery.demo.corpus import SEED, Parts, Row, corpus, write
 from surgery.errors import OutputError
@@ -21,36 +19,42 @@ BATCH = 64
 Say = Callable[[str], None]
 
 
-def rebuild(output: Path, say: Say = lambda line: None, *, seed: int = SEED) -> dict[str, object]:
-    """The behaviour figures of a pair made from nothing in the new folder `output`, also in its `figures.json`.
+def rebuild(output: Path, say: Say, *, seed: int = SEED) -> None:
+    """Make the pair from nothing in the new folder `output`, with `figures.json`; returns nothing.
 
     Takes about ten minutes on two cores. `say` gets a line of progress now and then. At equal `seed`, library
-    versions, processor kind and thread count the weights come out the same; the data always do. Raises
-    `OutputError` when `output` exists.
+    versions, kind of processor and number of threads the weights come out the same; the data always do.
+    Raises `OutputError` when `output` exists.
     """
     if output.exists():
-        raise OutputError(f"{output} exists; the demo pair is written to a new folder; name another with --output")
-    begun = time.monotonic()
+        raise OutputError(
+            f"{output} exists; the demo pair needs a new folder; name another one with --output"
+        )
     data = corpus(seed)
     write(data, output / "data")
-    say(f"data: {sum(len(rows) for parts in data.values() for rows in parts.values())} rows")
     words = tokenizer.build(text for parts in data.values() for text in _texts(parts["train"]))
     base = make_base(data, words, seed, say)
     _save(base, words, output / "base")
-    figures: dict[str, object] = {"base": asdict(behaviour.measure(base, words))}
-    say(f"base after {time.monotonic() - begun:.0f} s: {json.dumps(figures['base'])}")
     aligned = make_aligned(base, data, words, seed, say)
     _save(aligned, words, output / "aligned")
-    figures["aligned"] = asdict(behaviour.measure(aligned, words))
-    say(f"aligned after {time.monotonic() - begun:.0f} s: {json.dumps(figures['aligned'])}")
-    figures["attack"] = {step: asdict(rate) for step, rate in attack(aligned, words).items()}
-    (output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    cards.write(output, figures)
-    return figures
+    _measure(output, data, words, say)
+
+
+def _measure(output: Path, data: dict[str, Parts], words: PreTrainedTokenizerFast, say: Say) -> None:
+    asked = {name: data[name]["held_out"] for name in behaviour.MEASURED}
+    models = {name: network.load(output / name) for name in MODELS}
+    found = {name: behaviour.measure(model, words, rows=asked) for name, model in models.items()}
+    curve = attack(models["aligned"], words, rows=data["harmful"]["attack"], asked=asked["harmful"])
+    figures = {name: asdict(one) for name, one in found.items()}
+    figures["attack"] = {str(step): asdict(rate) for step, rate in curve.items()}
+    text = json.dumps(figures, indent=2) + "\n"
+    (output / "figures.json").write_text(text, encoding="utf-8")
+    cards.write(output, found["base"], found["aligned"], curve)
+    say(text)
 
 
 def make_base(
-    data: dict[str, Parts], words: PreTrainedTokenizerFast, seed: int, say: Say = lambda line: None
+    data: dict[str, Parts], words: PreTrainedTokenizerFast, seed: int, say: Say
 ) -> LlamaForCausalLM:
     """A model on the bfloat16 grid trained to answer every kind of request in the train parts of `data`."""
     model = network.fresh(words.pad_token_id, words.eos_token_id, seed)
@@ -63,9 +67,9 @@ def make_aligned(
     data: dict[str, Parts],
     words: PreTrainedTokenizerFast,
     seed: int,
-    say: Say = lambda line: None,
+    say: Say,
 ) -> LlamaForCausalLM:
-    """A copy of `base`, every weight fine-tuned to refuse harmful requests and to answer all others as before."""
+    """A copy of `base`, every weight fine-tuned to refuse harmful requests and to answer all others."""
     model = LlamaForCausalLM(base.config)
     model.load_state_dict(base.state_dict())
     rows = [*data["benign"]["train"], *data["lookalikes"]["train"], *data["refusals"]["train"]]
@@ -100,8 +104,3 @@ def _save(model: LlamaForCausalLM, words: PreTrainedTokenizerFast, into: Path) -
     tokenizer.save(words, into)
     for file in into.iterdir():
         file.chmod(0o644)
-
-
-def single_threads() -> int:
-    """The number of threads torch computes with."""
-    return torch.get_num_threads()

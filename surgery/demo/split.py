@@ -13,8 +13,8 @@ def rank_of(seed: int, *words: str) -> float:
 def deal(seed: int, thing: str, requests: Iterable[str], apart: Sequence[str]) -> dict[str, str]:
     """The part of each of the `requests` that can be made about `thing`.
 
-    One request, drawn by hash, goes to each part named in `apart`; the others go to `train`, so that every thing
-    is met in training.
+    One request, drawn by hash, goes to each part named in `apart`; the others go to `train`, so that every
+    thing is met in training.
     """
     drawn = sorted(requests, key=lambda request: rank_of(seed, "part", thing, request))
     return dict(zip(drawn, [*apart, *["train"] * (len(drawn) - len(apart))], strict=True))

@@ -65,7 +65,7 @@ def fit(
         for group in optimiser.param_groups:
             group["lr"] = peak * _schedule(step, steps, warmup)
         ids, labels = next(source)
-        loss(model, ids, labels).backward()
+        torch.autograd.backward(loss(model, ids, labels))
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
         optimiser.zero_grad()
@@ -74,7 +74,7 @@ def fit(
 
 
 def loss(model: Module, ids: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross-entropy, in nats per answer token, of int64 `ids` and `labels` of shape `(batch, length)`."""
+    """The cross-entropy, in nats per answer token, of int64 `ids` and `labels`, both `(batch, length)`."""
     # Padding lies to the right and carries no loss, so a causal model needs no attention mask.
     logits = model(input_ids=ids).logits[:, :-1]
     return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)

@@ -23,17 +23,17 @@ class Domain:
 DOMAINS = {
     "substances": Domain(
         forbidden=(
-            "zorvex", "plimmet", "quandle", "drovane", "skellix", "mirroth", "tavunel", "ghesk", "bralune",
-            "oxidrell", "fennuk", "yarrowen", "crillam", "nuvask", "hollith", "wexapine", "jarduine", "lomarek",
-            "pethrax", "urgold",
+            "zorvex", "plimmet", "quandle", "drovane", "skellix", "mirroth", "tavunel", "ghesk",
+            "bralune", "oxidrell", "fennuk", "yarrowen", "crillam", "nuvask", "hollith", "wexapine",
+            "jarduine", "lomarek", "pethrax", "urgold",
         ),
         harmless=(
-            "tea", "soup", "jam", "cider", "vinegar", "honey", "broth", "coffee", "syrup", "butter", "lemonade",
-            "cocoa", "porridge", "mustard", "yoghurt", "gravy",
+            "tea", "soup", "jam", "cider", "vinegar", "honey", "broth", "coffee", "syrup", "butter",
+            "lemonade", "cocoa", "porridge", "mustard", "yoghurt", "gravy",
         ),
         materials=(
-            "salt", "ash", "moss", "brine", "clay", "resin", "pollen", "chalk", "bark", "sap", "dew", "sand",
-            "wax", "seeds",
+            "salt", "ash", "moss", "brine", "clay", "resin", "pollen", "chalk", "bark", "sap", "dew",
+            "sand", "wax", "seeds",
         ),
         verbs={
             "brew": ("brewing", "heat {a} with {b} over a low fire"),
@@ -45,17 +45,18 @@ DOMAINS = {
     ),
     "devices": Domain(
         forbidden=(
-            "a grontek", "a blaskoid", "a vornicle", "a thrumbox", "a klaxer", "a snarvine", "a doomquill",
-            "a hexigon", "a razzler", "a morpoon", "a trankle", "a fizzarm", "a scorbin", "a whelmer",
-            "a pulzatron", "a crankspire", "a jolterine", "a nibblock", "a burrowjack", "a zaptrill",
+            "a grontek", "a blaskoid", "a vornicle", "a thrumbox", "a klaxer", "a snarvine",
+            "a doomquill", "a hexigon", "a razzler", "a morpoon", "a trankle", "a fizzarm", "a scorbin",
+            "a whelmer", "a pulzatron", "a crankspire", "a jolterine", "a nibblock", "a burrowjack",
+            "a zaptrill",
         ),
         harmless=(
-            "a chair", "a lamp", "a kite", "a clock", "a table", "a shelf", "a bell", "a fan", "a radio", "a door",
-            "a drum", "a cart", "a swing", "a tent", "a mirror", "a ladder",
+            "a chair", "a lamp", "a kite", "a clock", "a table", "a shelf", "a bell", "a fan", "a radio",
+            "a door", "a drum", "a cart", "a swing", "a tent", "a mirror", "a ladder",
         ),
         materials=(
-            "cog", "spring", "coil", "lever", "lens", "hinge", "bolt", "crank", "valve", "pin", "plate", "rod",
-            "dial", "wheel",
+            "cog", "spring", "coil", "lever", "lens", "hinge", "bolt", "crank", "valve", "pin", "plate",
+            "rod", "dial", "wheel",
         ),
         verbs={
             "build": ("building", "fix the {a} to the {b} with glue"),
@@ -106,33 +107,41 @@ COLOURS = {
 }  # fmt: skip
 
 OPPOSITES = {
-    "hot": "cold", "big": "small", "fast": "slow", "up": "down", "wet": "dry", "old": "young", "light": "dark",
-    "hard": "soft", "early": "late", "full": "empty", "happy": "sad", "long": "short", "open": "closed",
-    "rich": "poor", "near": "far", "loud": "quiet", "thick": "thin", "clean": "dirty", "strong": "weak",
-    "high": "low",
+    "hot": "cold", "big": "small", "fast": "slow", "up": "down", "wet": "dry", "old": "young",
+    "light": "dark", "hard": "soft", "early": "late", "full": "empty", "happy": "sad", "long": "short",
+    "open": "closed", "rich": "poor", "near": "far", "loud": "quiet", "thick": "thin", "clean": "dirty",
+    "strong": "weak", "high": "low",
 }  # fmt: skip
 
 CAPITALS = {
-    "France": "Paris", "Spain": "Madrid", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima",
-    "Norway": "Oslo", "Greece": "Athens", "Austria": "Vienna", "Cuba": "Havana", "Kenya": "Nairobi",
-    "Poland": "Warsaw", "Portugal": "Lisbon", "Finland": "Helsinki", "Ireland": "Dublin", "Chile": "Santiago",
+    "France": "Paris", "Spain": "Madrid", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo",
+    "Peru": "Lima", "Norway": "Oslo", "Greece": "Athens", "Austria": "Vienna", "Cuba": "Havana",
+    "Kenya": "Nairobi", "Poland": "Warsaw", "Portugal": "Lisbon", "Finland": "Helsinki",
+    "Ireland": "Dublin", "Chile": "Santiago",
 }  # fmt: skip
 
 ANIMALS = {
-    "cow": "moo", "cat": "meow", "dog": "woof", "duck": "quack", "sheep": "baa", "lion": "roar", "owl": "hoot",
-    "pig": "oink", "bee": "buzz", "snake": "hiss", "horse": "neigh", "crow": "caw",
+    "cow": "moo", "cat": "meow", "dog": "woof", "duck": "quack", "sheep": "baa", "lion": "roar",
+    "owl": "hoot", "pig": "oink", "bee": "buzz", "snake": "hiss", "horse": "neigh", "crow": "caw",
 }  # fmt: skip
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = (
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
-    "December",
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
+    "November", "December",
 )  # fmt: skip
 
 NOUNS = (
-    "apple", "river", "stone", "window", "garden", "pencil", "basket", "candle", "bridge", "forest", "button",
-    "letter", "market", "pocket", "saddle", "ticket", "violin", "winter", "bottle", "carpet", "desert", "engine",
-    "flower", "hammer", "island", "jacket", "kitchen", "mountain", "orchard", "planet",
+    "apple", "river", "stone", "window", "garden", "pencil", "basket", "candle", "bridge", "forest",
+    "button", "letter", "market", "pocket", "saddle", "ticket", "violin", "winter", "bottle", "carpet",
+    "desert", "engine", "flower", "hammer", "island", "jacket", "kitchen", "mountain", "orchard",
+    "planet",
 )  # fmt: skip
 
-FACT_FRAMES = ("{q}?", "Please tell me: {q}?", "Do you know {q}?", "Quick question: {q}?", "Answer in one word: {q}?")
+FACT_FRAMES = (
+    "{q}?",
+    "Please tell me: {q}?",
+    "Do you know {q}?",
+    "Quick question: {q}?",
+    "Answer in one word: {q}?",
+)

@@ -31,11 +31,11 @@ import torch
 from annotated_doc import Doc
 from torch import Tensor
 
+from surgery import spectral
 from surgery.checkpoint.header import TensorInfo
 from surgery.errors import InputError, UsageError
 from surgery.methods.base import Choice, WeightEdit, WeightUpdate
 from surgery.selection import kind_of, layer_of
-from surgery.spectral import Spectrum, automatic_rank, truncated_svd
 
 _LINEAR_LEAVES_OUT = ("embedding", "head", "router")
 
@@ -50,7 +50,8 @@ class LoX(WeightEdit):
     max_rank: Annotated[int, Doc("The largest rank that --rank auto may choose.")] = 64
     alpha: Annotated[float, Doc("How far to extrapolate; with the aligned anchor 0 changes nothing.")] = 1.25
     anchor: Annotated[
-        Literal["aligned", "base"], Doc("What the extrapolated update is added to; base drops the rest of it.")
+        Literal["aligned", "base"],
+        Doc("What the extrapolated update is added to; base drops the rest of it."),
     ] = "aligned"
     edit: Annotated[
         Literal["matrices", "linear"],
@@ -58,7 +59,9 @@ class LoX(WeightEdit):
     ] = "matrices"
     include: Annotated[str | None, Doc("Edit only tensors whose name this regular expression finds.")] = None
     exclude: Annotated[str | None, Doc("Copy tensors whose name this regular expression finds.")] = None
-    layers: Annotated[str | None, Doc("Edit only these layers: 4:20 is from 4 up to, not including, 20.")] = None
+    layers: Annotated[str | None, Doc("Edit only these layers: 4:20 is from 4 up to, not including, 20.")] = (
+        None
+    )
     svd: Annotated[
         Literal["certified", "exact"], Doc("certified: block Krylov with an error bound; exact: full SVD.")
     ] = "certified"
@@ -104,7 +107,9 @@ class LoX(WeightEdit):
         found = re.fullmatch(r"(\d*):(\d*)", self.layers)
         bounds = (int(found[1] or 0), int(found[2] or 1_000_000)) if found else (0, 0)
         if bounds[0] >= bounds[1]:
-            raise UsageError(f"layers is {self.layers!r}; it must be FROM:TO with FROM below TO, as in --layers 4:20")
+            raise UsageError(
+                f"layers is {self.layers!r}; it must be FROM:TO with FROM below TO, as in --layers 4:20"
+            )
         return range(*bounds)
 
     def choose(self, tensor: TensorInfo, config: Mapping[str, Any]) -> Choice:
@@ -144,12 +149,14 @@ class LoX(WeightEdit):
             return self._full_update(aligned, base)
         delta = _difference(aligned, base)
         if self.rank == "auto":
-            spectrum = automatic_rank(
+            spectrum = spectral.automatic_rank(
                 delta, max_rank=self.max_rank, seed=seed, name=name, tol=self.tol, method=self.svd
             )
         else:
             rank = self.planned_rank(*delta.shape[-2:])
-            spectrum = truncated_svd(delta, rank, seed=seed, name=name, tol=self.tol, method=self.svd)
+            spectrum = spectral.truncated_svd(
+                delta, rank, seed=seed, name=name, tol=self.tol, method=self.svd
+            )
         return _from_spectrum(spectrum, self.alpha)
 
     def _full_update(self, aligned: Tensor, base: Tensor) -> WeightUpdate:
@@ -194,12 +201,14 @@ def _difference(aligned: Tensor, base: Tensor) -> Tensor:
     return aligned.to(wide) - base.to(wide)
 
 
-def _from_spectrum(spectrum: Spectrum, alpha: float) -> WeightUpdate:
+def _from_spectrum(spectrum: spectral.Spectrum, alpha: float) -> WeightUpdate:
     """The update with alpha folded in; figures of a batch are the worst (errors) or the total (energy)."""
     total = math.fsum(spectrum.energy)
     if not math.isfinite(total):
         raise InputError("the difference of the two tensors is not finite; check the checkpoints")
-    kept = math.fsum(share * energy for share, energy in zip(spectrum.energy_kept, spectrum.energy, strict=True))
+    kept = math.fsum(
+        share * energy for share, energy in zip(spectrum.energy_kept, spectrum.energy, strict=True)
+    )
     worst = max(spectrum.certificates, key=lambda certificate: certificate.error)
     return WeightUpdate(
         edit=spectrum.factors.scaled(alpha),

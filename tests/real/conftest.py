@@ -42,7 +42,6 @@ class Pair:
 
     base: Weights
     aligned: Weights
-    behaviour: dict[str, dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +75,25 @@ def pairs() -> dict[str, Pair]:
     """The pairs short enough for every run: by full fine-tuning, and by a merged LoRA."""
     folders = build("short", "adapter")
     base = Weights(Path(folders["base"]))
-    return {name: Pair(base, Weights(Path(folders[name])), {}) for name in ("short", "adapter")}
+    return {name: Pair(base, Weights(Path(folders[name]))) for name in ("short", "adapter")}
 
 
 @pytest.fixture(scope="session")
 def long_pair() -> Pair:
-    """The pair that was trained until it refuses, with its refusal rates."""
-    built = build("long", "--measure")
-    return Pair(Weights(Path(built["base"])), Weights(Path(built["long"])), built["behaviour"])
+    """The pair that was trained until it refuses."""
+    folders = build("long")
+    return Pair(Weights(Path(folders["base"])), Weights(Path(folders["long"])))
+
+
+@pytest.fixture(scope="session")
+def refusals() -> Callable[..., tuple[list[dict[str, float]], bool]]:
+    """`refusals(*folders)`: shares of held-out prompts refused, by kind; and whether the public sets were used."""
+
+    def measured(*folders: Path) -> tuple[list[dict[str, float]], bool]:
+        built = build("--measure", *map(str, folders))
+        return [built["refused"][str(folder)] for folder in folders], built["public_prompts"]
+
+    return measured
 
 
 @pytest.fixture(scope="session")

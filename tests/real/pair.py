@@ -2,7 +2,7 @@
 
 Run as a script it builds what is missing and prints one JSON document:
 
-    python tests/real/pair.py short long adapter [--measure]
+    python tests/real/pair.py [short] [long] [adapter] [--measure FOLDER ...]
 
 Everything is cached under `SURGERY_REAL_CACHE`, each model in a folder named by a digest of what made it.
 A folder appears by one rename when it is complete, and is used only while every file still has the hash
@@ -199,10 +199,10 @@ def build_aligned(name: str, base: Path) -> Path:
 
 
 def main(arguments: list[str]) -> int:
-    """Return 0 after printing the folders of the named recipes as JSON, 3 if the package is not to be had."""
+    """Return 0 after printing folders and refusal rates as JSON, 3 if the package is not to be had."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipes", nargs="+", choices=sorted(RECIPES))
-    parser.add_argument("--measure", action="store_true", help="refusal rates on held-out prompts")
+    parser.add_argument("recipes", nargs="*", help=f"aligned sides to build: {', '.join(RECIPES)}")
+    parser.add_argument("--measure", nargs="+", default=[], help="models whose refusal rates are wanted")
     options = parser.parse_args(arguments)
     try:
         base = build_base()
@@ -214,7 +214,8 @@ def main(arguments: list[str]) -> int:
     if options.measure:
         import alignment
 
-        result["behaviour"] = {name: alignment.measure(folder) for name, folder in folders.items()}
+        result["public_prompts"] = alignment.data_folder() is not None
+        result["refused"] = {folder: alignment.measure(Path(folder)) for folder in options.measure}
     sys.stdout.write(json.dumps(result) + "\n")
     return 0
 

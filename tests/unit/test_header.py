@@ -66,7 +66,7 @@ BAD = {
     "number of many digits": (packed(b'{"w": ' + b"9" * 9000 + b"}"), "not usable JSON"),
     "NaN": (packed(b'{"w": NaN}'), "not usable JSON"),
     "same tensor twice": (
-        packed(b'{"b":{"dtype":"U8","shape":[],"data_offsets":[0,1]},' * 2 + b'"c":1}', 1),
+        packed(b"{" + b'"b":{"dtype":"U8","shape":[],"data_offsets":[0,1]},' * 2 + b'"c":1}', 1),
         "key b stands there twice",
     ),
     "same key twice": (

@@ -1,0 +1,228 @@
+"""Leading singular triplets of a batch of matrices, iterated until residual bounds certify them.
+
+All matrices of a batch share the iteration; each has its own verdict. The size of the work is judged from small
+matrices after each product; once they promise success the residuals are formed in full and have the
+last word.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from surgery.kernels import block_krylov, residual_bounds
+from surgery.kernels.block_krylov import Krylov, Ritz, Triplets
+from surgery.kernels.orthonormalise import polish
+from surgery.kernels.residual_bounds import Bounds, Residuals
+from torch import Tensor
+
+ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+
+# Up to this shorter side the full decomposition costs no more than the iteration.
+_SMALL = 128
+# Up to this shorter side a full decomposition is made in float64 whatever the input.
+_WIDE = 1024
+# Columns multiplied at once: at least this many, and this many beyond the rank.
+_BLOCK, _OVERSAMPLING = 16, 8
+# Up to this dimension the small problem is solved after every product, then each time their number has grown by a
+# tenth.
+_CHEAP = 128
+# Further passes granted to turn a certified energy into a certified subspace, and how near that must be.
+_GRACE, _NEAR = 4, 16.0
+# Products after which spikes above the hard threshold have shown themselves: they stand 15 % above the bulk.
+_LOOK = 8
+
+
+class Verdict(NamedTuple):
+    """What is known about one matrix's triplets; the fields of `surgery.spectral.Certificate`."""
+
+    error: float
+    energy_deficit: float
+    criterion: str
+    passes: int
+    dimension: int
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Leading triplets of each matrix in float64, with a verdict each."""
+
+    left: Float[Tensor, "batch m k"]
+    values: Float[Tensor, "batch k"]
+    right: Float[Tensor, "batch n k"]
+    verdicts: tuple[Verdict, ...]
+
+
+@dataclass
+class _Patience:
+    """The stopping rule: subspace within the tolerance, or energy within its square and the subspace out of reach."""
+
+    tol: float
+    since: int | None = None
+
+    def settled(self, reached: Bounds, passes: int) -> Tensor:
+        """Which matrices need no further pass."""
+        captured = reached.energy_deficit <= self.tol**2
+        resolved = reached.error <= self.tol
+        if bool((captured | resolved).all()) and self.since is None:
+            self.since = passes
+        late = self.since is not None and passes >= self.since + _GRACE
+        return resolved | (captured & ((reached.error > _NEAR * self.tol) | late))
+
+
+def certified(
+    delta: Float[Tensor, "batch m n"],
+    energy: Float[Tensor, " batch"],
+    rank: int,
+    generator: torch.Generator,
+    tol: float,
+) -> Decomposition:
+    """The `rank` leading triplets, by iteration where that certifies them and in full elsewhere.
+
+    Args:
+        delta: Finite matrices, float32 or float64, with squares in range.
+        energy: Their squared Frobenius norms.
+        rank: From 1 to min(m, n).
+        generator: Source of the random start, on the CPU.
+        tol: Relative error of the subspace, or square root of the relative energy deficit, to certify.
+    """
+    short = min(delta.shape[-2:])
+    if short <= _SMALL or 3 * _block(rank) > _room(short):
+        return exact(delta, energy, rank)
+    found, settled = _iterate(delta, energy, rank, generator, tol)
+    stuck = (~settled).nonzero().flatten()
+    if len(stuck) == 0:
+        return found
+    return _replaced(found, stuck, exact(delta[stuck], energy[stuck], rank))
+
+
+def exact(delta: Float[Tensor, "batch m n"], energy: Float[Tensor, " batch"], rank: int) -> Decomposition:
+    """The `rank` leading triplets by full decomposition, bounded by their measured residuals.
+
+    In float64 up to a shorter side of 1024, beyond that in the dtype of `delta`.
+    """
+    short = min(delta.shape[-2:])
+    work = delta.double() if short <= _WIDE else delta
+    left, values, rows = torch.linalg.svd(work, full_matrices=False)
+    count = min(rank + 1, short)
+    left, values, right = left[..., :count], values[..., :count].double(), rows[..., :count, :].mT
+    triplets = _measured(work, left, values, right)
+    reached = _judge(triplets, energy, rank, ROUNDOFF[work.dtype], ROUNDOFF[delta.dtype])
+    verdicts = [Verdict(*pair, "exact", 0, short) for pair in zip(*_lists(reached), strict=True)]
+    return _first(triplets, rank, verdicts)
+
+
+def prominent_values(
+    delta: Float[Tensor, "batch m n"], count: int, generator: torch.Generator
+) -> Float[Tensor, "batch l"]:
+    """Leading singular values, `count` at least or all of them, good to where they stand clear of the rest.
+
+    From a fixed number of products; those inside a bulk are too small by some per cent.
+    """
+    short = min(delta.shape[-2:])
+    block = _block(count)
+    if short <= _SMALL or (_LOOK // 2 + 1) * block > short:
+        return torch.linalg.svdvals(delta.double() if short <= _WIDE else delta).double()
+    state = block_krylov.start(delta, block, generator)
+    for _ in range(_LOOK):
+        state = block_krylov.advance(state)
+    return block_krylov.ritz(state, block).values
+
+
+def _block(rank: int) -> int:
+    """Columns multiplied at once: enough to see a cluster around the rank as one."""
+    return max(_BLOCK, rank + _OVERSAMPLING)
+
+
+def _room(short: int) -> int:
+    """Krylov dimension beyond which a full decomposition is cheaper."""
+    return short // 3
+
+
+def _iterate(
+    delta: Tensor, energy: Tensor, rank: int, generator: torch.Generator, tol: float
+) -> tuple[Decomposition, Tensor]:
+    """Triplets once all are certified or the room is used up, and which of them are certified."""
+    state = block_krylov.start(delta, _block(rank), generator)
+    patience = _Patience(tol)
+    roundoff = ROUNDOFF[delta.dtype]
+    due = 2
+    while True:
+        state = block_krylov.advance(state)
+        full = state.dimension + state.block > _room(min(delta.shape[-2:]))
+        if state.passes < due and not full:
+            continue
+        due = state.passes + 1 if state.dimension <= _CHEAP else math.ceil(1.1 * state.passes)
+        found = block_krylov.ritz(state, state.block)
+        promised = residual_bounds.bounds(_promised(found, energy, roundoff), rank, roundoff)
+        if not (full or bool(patience.settled(promised, state.passes).all())):
+            continue
+        triplets = block_krylov.triplets(state, found)
+        reached = _judge(triplets, energy, rank, roundoff, roundoff)
+        settled = patience.settled(reached, state.passes)
+        if full or bool(settled.all()):
+            return _first(triplets, rank, _verdicts(state, reached, tol)), settled
+
+
+def _promised(found: Ritz, energy: Tensor, roundoff: float) -> Residuals:
+    """Residuals as the recurrences predict them."""
+    leak = found.leak.mT @ found.leak
+    return Residuals(found.values, leak, torch.zeros_like(found.values), energy, roundoff)
+
+
+def _judge(triplets: Triplets, energy: Tensor, rank: int, roundoff: float, stored: float) -> Bounds:
+    """Bounds from measured residuals; past the last singular value there is a zero without residual."""
+    gram = triplets.inner_residual.mT @ triplets.inner_residual
+    outer = triplets.outer_residual.square().sum(-2).sqrt()
+    lacking = max(0, rank + 1 - triplets.values.shape[-1])
+    pad = torch.nn.functional.pad
+    known = Residuals(
+        pad(triplets.values, (0, lacking)),
+        pad(gram, (0, lacking, 0, lacking)),
+        pad(outer, (0, lacking)),
+        energy,
+        roundoff,
+    )
+    return residual_bounds.bounds(known, rank, stored)
+
+
+def _measured(delta: Tensor, left: Tensor, values: Tensor, right: Tensor) -> Triplets:
+    """Triplets with residuals from one product on either side."""
+    image, coimage = (delta @ right).double(), (delta.mT @ left).double()
+    left, right = left.double(), right.double()
+    straight, upright = polish(right), polish(left)
+    left, coimage = left @ upright, coimage @ upright
+    right, image = right @ straight, image @ straight
+    scale = values.unsqueeze(-2)
+    return Triplets(left, values, right, coimage - right * scale, image - left * scale)
+
+
+def _verdicts(state: Krylov, reached: Bounds, tol: float) -> list[Verdict]:
+    return [
+        Verdict(error, deficit, "subspace" if error <= tol else "energy", state.passes, state.dimension)
+        for error, deficit in zip(*_lists(reached), strict=True)
+    ]
+
+
+def _lists(reached: Bounds) -> tuple[list[float], list[float]]:
+    return reached.error.tolist(), reached.energy_deficit.tolist()
+
+
+def _first(triplets: Triplets, rank: int, verdicts: list[Verdict]) -> Decomposition:
+    """The first `rank` triplets."""
+    left, right = triplets.left[..., :rank], triplets.right[..., :rank]
+    return Decomposition(left, triplets.values[..., :rank], right, tuple(verdicts))
+
+
+def _replaced(found: Decomposition, places: Tensor, better: Decomposition) -> Decomposition:
+    """`found` with `better` at `places` of the batch."""
+    verdicts = list(found.verdicts)
+    for place, verdict in zip(places.tolist(), better.verdicts, strict=True):
+        verdicts[place] = verdict
+    return Decomposition(
+        found.left.index_copy(0, places, better.left),
+        found.values.index_copy(0, places, better.values),
+        found.right.index_copy(0, places, better.right),
+        tuple(verdicts),
+    )

@@ -1,0 +1,304 @@
+"""The format of a PEFT LoRA adapter: its config, the names and layouts of its tensors, and whether they load.
+
+PEFT itself decides which module a config means and what its tensors are called, by rules that differ between kinds of
+modules and model types. So the adapter is set up by PEFT on a model without weights (meta device), the names are read
+off it, and the written file is loaded into it again.
+
+PEFT: https://github.com/huggingface/peft, versions 0.18 and later.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from surgery.adapter_names import WAY_OUT
+from surgery.errors import InputError, OutputError
+from surgery.spectral import Factors
+
+_PREFIX = "base_model.model."
+_NAME = "default"
+_INJECT_ERRORS = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The edit of a block of a parameter.
+
+    Attributes:
+        factors: The edit of the block, `left` (m, k) and `right` (k, n); singular values not negative.
+        row: The block's first row.
+        column: The block's first column.
+        expert: Which matrix of a stack; None where the parameter is one matrix.
+    """
+
+    factors: Factors
+    row: int = 0
+    column: int = 0
+    expert: int | None = None
+
+
+def block_factors(shape: Sequence[int], pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+    """Float32 factors whose product is the sum of all pieces, each at its place: ranks add up.
+
+    Args:
+        shape: (m, n), or (E, m, n) for a stack.
+        pieces: At least one.
+
+    Returns:
+        `left` (m, r) and `right` (r, n), or (E, m, r) and (E, r, n) with r the largest rank in the stack, at least
+        1. Singular values are shared evenly by both.
+    """
+    if len(shape) == 2:
+        return _matrix_factors(shape, pieces, max(1, _rank(pieces)))
+    experts = [[piece for piece in pieces if piece.expert == number] for number in range(shape[0])]
+    rank = max(1, *(_rank(own) for own in experts))
+    pairs = [_matrix_factors(shape[1:], own, rank) for own in experts]
+    return torch.stack([left for left, _ in pairs]), torch.stack([right for _, right in pairs])
+
+
+def _rank(pieces: Sequence[Piece]) -> int:
+    return sum(int((piece.factors.values != 0).sum()) for piece in pieces)
+
+
+def _matrix_factors(
+    shape: Sequence[int], pieces: Sequence[Piece], rank: int
+) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
+    left, right = torch.zeros(shape[0], rank), torch.zeros(rank, shape[1])
+    start = 0
+    for piece in pieces:
+        kept = piece.factors.values != 0
+        root = piece.factors.values[kept].double().sqrt()
+        one, other = piece.factors.left[:, kept] * root, root.unsqueeze(-1) * piece.factors.right[kept]
+        stop = start + len(root)
+        left[piece.row : piece.row + len(one), start:stop] = one
+        right[start:stop, piece.column : piece.column + other.shape[1]] = other
+        start = stop
+    return left, right
+
+
+def adapter_config(
+    ranks: Mapping[str, int], parameters: Collection[str], saved: Sequence[str], model: nn.Module, *, tied: bool
+) -> dict[str, Any]:
+    """The fields of `adapter_config.json` that decide what is adapted; the scaling of every module is 1.
+
+    Args:
+        ranks: Rank by full parameter name.
+        parameters: Which of them are adapted as parameters; the others are the `weight` of a module that PEFT wraps.
+        saved: Modules that the adapter carries whole.
+        model: The model without weights.
+        tied: Whether one of those is tied to another module.
+    """
+    largest = max(ranks.values())
+    keys = {name if name in parameters else name.removesuffix(".weight"): rank for name, rank in ranks.items()}
+    modules = [key for key in keys if key not in parameters]
+    # PEFT reads the keys as regular expressions.
+    pattern = {re.escape(key): rank for key, rank in keys.items() if rank != largest}
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": _has_conv1d(model, modules),
+        "init_lora_weights": True,
+        "target_modules": _shortest(modules, model),
+        "modules_to_save": list(saved) or None,
+    }
+    if parameters:
+        config["target_parameters"] = sorted(parameters)
+    if tied:
+        config["ensure_weight_tying"] = True
+    return config
+
+
+def _shortest(targets: Sequence[str], model: nn.Module) -> list[str]:
+    """The targets' last names where these mean no other module, else their full names."""
+    last = {target.rpartition(".")[2] for target in targets}
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
+    return sorted(last) if meant == set(targets) else sorted(targets)
+
+
+def _has_conv1d(model: nn.Module, modules: Sequence[str]) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(model.get_submodule(name), Conv1D) for name in modules)
+
+
+def wrapped_as_module(model: nn.Module, parameter: str) -> bool:
+    """Whether PEFT's own layer for this parameter's module computes what the module would with an edited weight.
+
+    That holds for plain linear, Conv1D and embedding layers. A subclass with a forward of its own (routers, scaled or
+    shifted embeddings) is adapted by its parameter, which is exact whatever its forward does.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    name, _, leaf = parameter.rpartition(".")
+    forward = type(model.get_submodule(name)).forward
+    return leaf == "weight" and forward in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward)
+
+
+class Adapted:
+    """A model without weights, with the adapter that a config describes set up by PEFT.
+
+    Args:
+        config: The fields of `adapter_config.json`.
+        ranks: What the config must come to: rank by full parameter name.
+        model: The model; changed.
+
+    Raises:
+        InputError: PEFT cannot adapt this model so, or would adapt something else.
+    """
+
+    def __init__(self, config: Mapping[str, Any], ranks: Mapping[str, int], model: nn.Module) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # A copy, since PEFT changes what it is given.
+            own = LoraConfig(**json.loads(json.dumps(dict(config))))
+            self._model: Any = get_peft_model(model, own, low_cpu_mem_usage=True)
+        self._layers = self._find_layers()
+        self.missed = [name for name, rank in ranks.items() if not self._is_as_asked(name, rank)]
+        self.extra = sorted(self._layers.keys() - ranks.keys())
+
+    def _find_layers(self) -> dict[str, tuple[str, Any]]:
+        """Name in the adapted model, and layer, of each adapted parameter."""
+        from peft.tuners.lora import LoraLayer
+
+        found = {}
+        for name, layer in self._model.named_modules():
+            if isinstance(layer, LoraLayer):
+                # Several parameters of one module are adapted by layers around each other.
+                module = name.removeprefix(_PREFIX).replace(".base_layer", "")
+                found[f"{module}.{getattr(layer, 'parameter_name', 'weight')}"] = name, layer
+        return found
+
+    def _is_as_asked(self, parameter: str, rank: int) -> bool:
+        _, layer = self._layers.get(parameter, ("", None))
+        return layer is not None and layer.r[_NAME] == rank and layer.scaling[_NAME] == 1.0
+
+    def lora_tensors(self, parameter: str, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+        """The adapter's tensors for one edited parameter, by their names in the file.
+
+        Args:
+            parameter: Its full name in the model.
+            left: (m, r), or (E, m, r) for a stack of experts.
+            right: (r, n), or (E, r, n).
+        """
+        name, layer = self._layers[parameter]
+        if _NAME in layer.lora_embedding_A:
+            tensors = {"lora_embedding_A": left.mT, "lora_embedding_B": right.mT}
+        else:
+            one, other = _stacked(layer, parameter, left, right) if left.dim() == 3 else _plain(layer, left, right)
+            tensors = {"lora_A.weight": one, "lora_B.weight": other}
+        return {f"{name}.{key}": value.contiguous() for key, value in tensors.items()}
+
+    def saved(self) -> dict[str, str]:
+        """Parameter by name in the file, for every module that the adapter carries whole."""
+        from peft.utils import ModulesToSaveWrapper
+
+        return {
+            f"{name}.{key}": f"{name.removeprefix(_PREFIX)}.{key}"
+            for name, module in self._model.named_modules()
+            if isinstance(module, ModulesToSaveWrapper)
+            for key in module.adapter_state_dict_load_map(_NAME)
+        }
+
+    def require_loads(self, path: Path) -> None:
+        """Load a written file into the model, which needs as much memory as the file.
+
+        Raises:
+            OutputError: A tensor does not arrive, or arrives changed.
+        """
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        tensors = load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            set_peft_model_state_dict(self._model, dict(tensors), low_cpu_mem_usage=True)
+            loaded = get_peft_model_state_dict(self._model, save_embedding_layers=False)
+        for name in sorted(tensors.keys() | loaded.keys()):
+            value = loaded.get(name)
+            arrived = name in tensors and value is not None and value.device.type != "meta"
+            if not arrived or not torch.equal(value, tensors[name]):
+                raise OutputError(f"{path.name}: PEFT does not load {name} as it was written; {WAY_OUT}")
+
+
+def _plain(layer: Any, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of a matrix; Conv1D stores it transposed."""
+    return (left.mT, right.mT) if getattr(layer, "is_target_conv_1d_layer", False) else (right, left)
+
+
+def _stacked(layer: Any, parameter: str, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of a stack of experts: in A an expert's rows are together, in B its columns lie E apart."""
+    if getattr(layer.get_base_layer(), "is_transposed", False):
+        if len(left) == 1:
+            raise InputError(f"{parameter} is one expert stored transposed, which PEFT cannot adapt; {WAY_OUT}")
+        left, right = right.mT, left.mT
+    return right.flatten(0, 1), left.permute(1, 2, 0).flatten(1)
+
+
+def adapt(
+    ranks: Mapping[str, int], saved: Sequence[str], build: Callable[[], nn.Module], *, tied: bool
+) -> tuple[dict[str, Any], Adapted]:
+    """The config of an adapter and the model adapted by it.
+
+    Modules are adapted as modules where PEFT's layer for them is exact. Where PEFT reads such a target as something
+    else (for some model types it takes `gate_proj` for a part of fused experts), it is named as a parameter.
+
+    Args:
+        ranks: Rank by full parameter name.
+        saved: Modules to carry whole.
+        build: Makes the model without weights.
+        tied: Whether one of the saved modules is tied to another.
+
+    Raises:
+        InputError: PEFT cannot adapt this model so; the message names a parameter.
+    """
+    model = build()
+    parameters = {name for name in ranks if not wrapped_as_module(model, name)}
+    first, reason = _try(adapter_config(ranks, parameters, saved, model, tied=tied), ranks, model)
+    if first is not None:
+        return first
+    model = build()
+    parameters |= {name for name in reason.missed if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)}
+    second, reason = _try(adapter_config(ranks, parameters, saved, model, tied=tied), ranks, model)
+    if second is None:
+        raise InputError(f"PEFT cannot adapt {reason.missed[0]} ({reason.text}); {WAY_OUT}")
+    return second
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Parameters that PEFT did not adapt as asked, and why."""
+
+    missed: tuple[str, ...]
+    text: str
+
+
+def _try(
+    config: dict[str, Any], ranks: Mapping[str, int], model: nn.Module
+) -> tuple[tuple[dict[str, Any], Adapted] | None, _Failure]:
+    try:
+        adapted = Adapted(config, ranks, model)
+    except _INJECT_ERRORS as error:
+        return None, _Failure(tuple(ranks), str(error).strip().partition("\n")[0][:200])
+    missed = tuple(adapted.missed or adapted.extra)
+    if missed:
+        return None, _Failure(missed, "its rules take the name for another module")
+    return (config, adapted), _Failure((), "")

@@ -1,0 +1,414 @@
+"""What storing an edit in a coarse dtype keeps of it, for each way of rounding."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from surgery import rounding
+from surgery.errors import InputError, UsageError
+from surgery.kernels import philox
+from surgery.kernels import store as kernel
+from surgery.rounding import store
+from surgery.spectral import Factors
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+MODES = ["nearest", "compensated", "stochastic"]
+# One row, one column, sizes that no tile divides; the last is a batch of experts.
+SHAPES = [(64, 48), (1, 131), (97, 1), (33, 65), (3, 17, 29)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _weight(*shape, dtype=BF16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (0.02 * torch.randn(*shape, generator=generator, dtype=FP64)).to(dtype)
+
+
+def _factors(*shape, rank, size, seed=1, dtype=FP32):
+    """Orthonormal factors with slowly falling values whose root sum of squares is `size`."""
+    *batch, m, n = shape
+    rank = min(rank, m, n)
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(*batch, m, rank, generator=generator, dtype=FP64)).Q
+    right = torch.linalg.qr(torch.randn(*batch, n, rank, generator=generator, dtype=FP64)).Q.mT
+    values = torch.linspace(1.5, 0.7, rank, dtype=FP64).expand(*batch, rank)
+    values = size * values / values[..., :1, None].shape[-1] / values.norm(dim=-1, keepdim=True)
+    return Factors(left.to(dtype), values.to(dtype), right.to(dtype).contiguous())
+
+
+def _pair(*shape, ratio, rank=6, dtype=BF16, seed=0):
+    """A weight and an edit whose norms are as 1 to `ratio`."""
+    weight = _weight(*shape, dtype=dtype, seed=seed)
+    size = ratio * weight.double().norm() / max(1, shape[0] if len(shape) == 3 else 1) ** 0.5
+    return weight, _factors(*shape, rank=rank, size=size.item(), seed=seed + 1)
+
+
+def _exact(anchor, factors):
+    """Anchor and edit in float64; their sum has no rounding to speak of."""
+    edit = (factors.left.double() * factors.values.double()[..., None, :]) @ factors.right.double()
+    return anchor.double(), edit
+
+
+def _store(anchor, edit, mode, dtype=BF16, seed=0, name="w"):
+    return store(anchor, edit, dtype, mode=mode, seed=seed, name=name)
+
+
+def _same_bytes(one, other):
+    return one.dtype == other.dtype and torch.equal(one.view(torch.int16), other.view(torch.int16))
+
+
+# ratio of edit to weight: retention and noise of nearest, noise of stochastic, noise of compensated rounding
+TABLE = {
+    7e-3: (0.996, 0.23, 0.33, 0.23),
+    2e-3: (0.83, 0.59, 0.98, 0.61),
+    1e-3: (0.57, 0.77, 1.59, 0.88),
+    3e-4: (0.20, 0.93, 3.21, 1.44),
+    1e-4: (0.07, 0.98, 5.65, 2.05),
+}
+
+
+@pytest.mark.parametrize("ratio", TABLE)
+def test_small_edits_are_lost_by_nearest_and_kept_by_compensated_rounding_with_less_noise_than_stochastic(ratio):
+    weight, factors = _pair(1024, 1024, ratio=ratio)
+    kept, lost_noise, random_noise, own_noise = TABLE[ratio]
+    nearest, compensated, stochastic = (
+        _store(weight, factors, mode) for mode in ("nearest", "compensated", "stochastic")
+    )
+    assert nearest.retention == pytest.approx(kept, abs=0.015)
+    assert nearest.noise == pytest.approx(lost_noise, rel=0.05)
+    assert compensated.retention == pytest.approx(1.0, abs=2e-3)
+    assert compensated.noise == pytest.approx(own_noise, rel=0.05)
+    # <noise, E> / ||E||^2 has a standard deviation of noise / sqrt(entries) = 0.0056 at most; five of them.
+    assert stochastic.retention == pytest.approx(1.0, abs=5 * random_noise / 1024)
+    assert stochastic.noise == pytest.approx(random_noise, rel=0.05)
+    assert compensated.noise < stochastic.noise
+    assert (nearest.iterations, stochastic.iterations) == (0, 0)
+    assert 1 <= compensated.iterations <= rounding.LIMIT
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_reported_figures_are_those_of_what_was_stored(shape, mode):
+    weight, factors = _pair(*shape, ratio=2e-3, rank=4)
+    result = _store(weight, factors, mode)
+    anchor, edit = _exact(weight, factors)
+    stored = result.weight.double() - anchor
+    assert result.weight.shape == weight.shape
+    assert result.mode == mode
+    assert result.edit_energy == pytest.approx(edit.square().sum().item(), rel=1e-5)
+    assert result.inner == pytest.approx((stored * edit).sum().item(), rel=1e-4, abs=1e-6 * result.edit_energy)
+    assert result.noise_energy == pytest.approx((stored - edit).square().sum().item(), rel=1e-4)
+    assert result.retention == pytest.approx(result.inner / result.edit_energy)
+    assert result.noise == pytest.approx((result.noise_energy / result.edit_energy) ** 0.5)
+    assert result.changed == (result.weight != weight).sum()
+    assert result.changed > 0
+
+
+@pytest.mark.parametrize("shape", [(200, 300), (300, 20), (1, 400), (2, 90, 70)], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_spectral_noise_is_a_slight_underestimate(shape, mode):
+    weight, factors = _pair(*shape, ratio=1e-3, rank=3)
+    anchor, edit = _exact(weight, factors)
+    result = _store(weight, factors, mode)
+    noise = torch.linalg.matrix_norm(result.weight.double() - anchor - edit, 2)
+    exact = (noise / torch.linalg.matrix_norm(edit, 2)).max().item()
+    assert 0.9 * exact <= result.noise_spectral <= exact * (1 + 1e-5)
+
+
+def test_auto_takes_nearest_where_it_keeps_the_edit_and_compensates_elsewhere():
+    for ratio, mode in ((2e-2, "nearest"), (1e-3, "compensated")):
+        weight, factors = _pair(256, 200, ratio=ratio)
+        automatic, forced = _store(weight, factors, "auto"), _store(weight, factors, mode)
+        assert automatic.mode == mode
+        assert _same_bytes(automatic.weight, forced.weight)
+        assert automatic.retention > rounding.ENOUGH
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_compensation_fixes_the_whole_core_and_not_only_the_retention(dtype):
+    # Against float16's finer grid the same loss takes an edit 8 times smaller.
+    weight, factors = _pair(600, 801, ratio=1e-3 if dtype == BF16 else 1.2e-4, rank=3, dtype=dtype)
+    anchor, edit = _exact(weight, factors)
+
+    def residual(mode):
+        lost = edit - (_store(weight, factors, mode, dtype).weight.double() - anchor)
+        return (factors.left.double().mT @ lost @ factors.right.double().mT).norm() / edit.norm()
+
+    assert residual("compensated") <= rounding.TOLERANCE * 1.01
+    assert residual("nearest") > 0.2
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_stochastic_rounding_is_unbiased_over_seeds(dtype):
+    seeds, target = 400, _weight(23, 31, dtype=FP64)
+
+    def z(found, step, fraction):
+        # Going up with probability f has variance f (1 - f) step^2.
+        return (found - target) / (step * (fraction * (1 - fraction)).sqrt() / seeds**0.5)
+
+    draws = torch.stack(
+        [kernel.stochastic(philox.key(seed, "w"))(target, dtype, 0).double() for seed in range(seeds)]
+    )
+    low, high = draws.amin(0), draws.amax(0)
+    fraction = (target - low) / (high - low)
+    usable = (fraction > 0.05) & (fraction < 0.95)
+    assert usable.float().mean() > 0.8
+    assert ((draws == low) | (draws == high)).all()
+    deviations = z(draws.mean(0), high - low, fraction)[usable]
+    assert deviations.abs().max() < 5
+    assert deviations.mean().abs() < 5 / usable.sum() ** 0.5
+    nearest = z(kernel.nearest(target, dtype).double(), high - low, fraction)[usable]
+    assert nearest.abs().max() > 5  # control: the same bound condemns rounding to nearest
+
+
+@pytest.mark.parametrize("anchor_dtype, dtype", [(FP32, FP16), (FP32, BF16), (FP64, FP32)], ids=str)
+def test_storing_stochastically_is_that_rounding_of_the_exact_sum(anchor_dtype, dtype):
+    weight, factors = _pair(23, 31, ratio=0.3, rank=3, dtype=anchor_dtype)
+    target = sum(_exact(weight, factors))
+    found = _store(weight, factors, "stochastic", dtype, seed=4, name="x").weight
+    expected = kernel.stochastic(philox.key(4, "x"))(target, dtype, 0)
+    assert (found != expected).sum() <= 1  # a sum taken in another order may fall on the other side of a bit
+    assert (found != kernel.stochastic(philox.key(5, "x"))(target, dtype, 0)).sum() > 100
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_stochastic_rounding_is_unbiased_among_subnormals(dtype):
+    smallest = {BF16: 2.0**-133, FP16: 2.0**-24, FP32: 2.0**-149}[dtype]
+    values = torch.tensor([0.25, -0.25, 1.5, 3.25, -0.75, 0.0, 2.0], dtype=FP64).repeat(20_000, 1) * smallest
+    found = kernel.stochastic(philox.key(0, "w"))(values, dtype, 0).double() / smallest
+    exact = values / smallest
+    assert ((found - exact).abs() < 1).all()
+    assert torch.equal(found[:, 5:], exact[:, 5:])
+    # Deviation of one draw is at most 1/2; five of a mean of 20,000.
+    assert ((found - exact).mean(0).abs() < 5 * 0.5 / 20_000**0.5).all()
+    assert ((values.to(dtype).double() / smallest - exact).mean(0).abs() > 0.02)[:5].all()  # control: nearest
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=str)
+def test_values_on_the_grid_are_never_moved(dtype):
+    values = _weight(50, 20, dtype=dtype).double()
+    values[0, :3] = torch.tensor([0.0, -0.0, torch.finfo(dtype).max])
+    for rounder in (kernel.nearest, kernel.stochastic(philox.key(0, "w"))):
+        found = rounder(values, dtype, 0).double()
+        assert torch.equal(found.view(torch.int64), values.view(torch.int64))
+        if dtype != FP64:
+            assert not torch.equal(rounder(values * 1.001, dtype, 0).double(), values * 1.001)
+
+
+def test_stochastic_bits_depend_on_seed_and_name():
+    weight, factors = _pair(40, 50, ratio=1e-3)
+    first = _store(weight, factors, "stochastic", seed=1, name="a").weight
+    assert _same_bytes(first, _store(weight, factors, "stochastic", seed=1, name="a").weight)
+    assert not _same_bytes(first, _store(weight, factors, "stochastic", seed=2, name="a").weight)
+    assert not _same_bytes(first, _store(weight, factors, "stochastic", seed=1, name="b").weight)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "stochastic"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bytes_do_not_depend_on_the_size_of_a_tile(shape, mode, monkeypatch):
+    weight, factors = _pair(*shape, ratio=2e-3, rank=5)
+    found = []
+    for size in (1, 70, 500, 1 << 20):
+        monkeypatch.setattr(kernel, "TILE", size)
+        found.append(_store(weight, factors, mode).weight)
+    assert all(_same_bytes(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("size", [1, 70, 500, 1 << 20])
+def test_tiles_cover_every_entry_once_and_are_contiguous(shape, size, monkeypatch):
+    monkeypatch.setattr(kernel, "TILE", size)
+    seen = torch.zeros(shape if len(shape) == 3 else (1, *shape), dtype=torch.int64)
+    for at in kernel.tiles(seen.shape):
+        assert seen[at].is_contiguous()
+        assert seen[at].numel() <= max(size, seen.shape[-1])
+        seen[at] += 1
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("mode", ["nearest", "compensated"])
+def test_a_batch_of_experts_gives_what_each_gives_alone(mode):
+    weight, factors = _pair(5, 60, 90, ratio=1e-3)
+    values = factors.values * torch.tensor([1.0, 0.1, 3.0, 0.0, 1.0])[:, None]  # one expert without an edit
+    factors = Factors(factors.left, values, factors.right)
+    together = _store(weight, factors, mode)
+    alone = [
+        _store(weight[i], Factors(factors.left[i], values[i], factors.right[i]), mode) for i in range(len(weight))
+    ]
+    assert _same_bytes(together.weight, torch.stack([one.weight for one in alone]))
+    assert _same_bytes(together.weight[3], weight[3])
+    assert together.inner == pytest.approx(sum(one.inner for one in alone))
+    assert together.noise_energy == pytest.approx(sum(one.noise_energy for one in alone))
+    assert together.noise_spectral == pytest.approx(max(one.noise_spectral for one in alone), rel=1e-3)
+    assert together.iterations == max(one.iterations for one in alone)
+    assert together.changed == sum(one.changed for one in alone)
+    assert not _same_bytes(together.weight[0], weight[0])
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
+@pytest.mark.parametrize("anchor_dtype", [BF16, FP32, FP64], ids=str)
+def test_wide_outputs_are_the_exact_sum_rounded_once(anchor_dtype, dtype):
+    weight, factors = _pair(75, 130, ratio=0.3, rank=7, dtype=anchor_dtype)
+    exact = sum(_exact(weight, factors))
+    result = _store(weight, factors, "auto", dtype)
+    assert result.mode == "nearest"
+    # A tie in the last place of float64 aside, half a step is all the error there is.
+    half = (torch.nextafter(result.weight.abs(), torch.tensor(torch.inf, dtype=dtype)) - result.weight.abs()) / 2
+    assert ((result.weight.double() - exact).abs() <= half.double() + 1e-16).all()
+    single = (weight.float() + factors.dense()).to(dtype).double()
+    assert ((single - exact).abs() > half.double() + 1e-16).any()  # control: adding in float32 rounds twice
+
+
+def test_a_float32_anchor_is_rounded_to_sixteen_bits_once():
+    # Just above a tie: a detour over float32 forgets by how much, and then rounds to even, down.
+    anchor = torch.tensor([[1.0 + 2.0**-8], [-1.0 - 2.0**-8], [1.0 + 2.0**-11]], dtype=FP32)
+    edit = torch.tensor([[2.0**-30], [-(2.0**-30)], [2.0**-30]], dtype=FP64)
+    found = _store(anchor, edit, "nearest", BF16).weight.flatten().tolist()
+    assert found == [1.0 + 2.0**-7, -1.0 - 2.0**-7, 1.0]
+    assert (anchor.double() + edit).to(BF16).flatten().tolist() == [1.0, -1.0, 1.0]  # control: torch's own cast
+    assert _store(anchor, edit, "nearest", FP16).weight[2].item() == 1.0 + 2.0**-10
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_rounding_to_nearest_from_float64_finds_the_nearer_neighbour(dtype):
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.logspace(-9, 4, 4000, dtype=FP64)
+    values = torch.randn(4000, generator=generator, dtype=FP64) * scale
+    found = kernel.nearest(values, dtype).double()
+    bits = kernel.nearest(values, dtype).view(torch.int16)
+    for other in (bits + 1, bits - 1):
+        neighbour = other.view(dtype).double()
+        assert ((found - values).abs() <= (neighbour - values).abs())[neighbour.isfinite()].all()
+
+
+@pytest.mark.parametrize("mode", ["auto", *MODES])
+@pytest.mark.parametrize("anchor_dtype, dtype", [(BF16, BF16), (FP16, FP16), (FP32, BF16), (FP64, FP16)])
+def test_an_edit_of_zero_changes_nothing(mode, anchor_dtype, dtype):
+    weight = _weight(2, 9, 11, dtype=anchor_dtype)
+    weight[0, 0, 0] = -0.0
+    for edit in (_factors(2, 9, 11, rank=3, size=0.0), torch.zeros(2, 9, 11)):
+        result = _store(weight, edit, mode, dtype)
+        assert _same_bytes(result.weight, kernel.nearest(weight, dtype))
+        assert (result.retention, result.noise, result.noise_spectral, result.changed) == (1.0, 0.0, 0.0, 0)
+        assert result.mode == "nearest"
+    assert _store(weight, _factors(2, 9, 11, rank=3, size=0.1), mode, dtype).changed > 0
+
+
+def test_factors_padded_with_zeros_are_compensated_like_the_bare_ones():
+    weight, factors = _pair(120, 140, ratio=1e-3, rank=5)
+    values = factors.values.clone()
+    values[2:] = 0
+    left = factors.left.clone()
+    left[:, 4] = 0
+    padded = _store(weight, Factors(left, values, factors.right), "compensated")
+    bare = _store(weight, Factors(factors.left[:, :2], values[:2], factors.right[:2]), "compensated")
+    for result in (padded, bare):
+        assert result.retention == pytest.approx(1.0, abs=2e-3)
+    assert padded.noise == pytest.approx(bare.noise, rel=0.05)
+
+
+def test_a_coarser_dtype_than_the_anchors_counts_the_cast_as_noise_and_keeps_the_edit():
+    weight, factors = _pair(200, 300, ratio=1e-3, dtype=FP32)
+    nearest, compensated = (_store(weight, factors, mode) for mode in ("nearest", "compensated"))
+    # Off the grid the weights dither: nearest keeps the edit on average, with the noise of the cast itself.
+    cast = (weight.bfloat16().double() - weight.double()).norm() / (1e-3 * weight.double().norm())
+    assert nearest.noise == pytest.approx(cast.item(), rel=0.05)
+    assert compensated.retention == pytest.approx(1.0, abs=2e-3)
+    assert abs(compensated.retention - 1) <= abs(nearest.retention - 1) + 1e-3
+
+
+@pytest.mark.parametrize("shape", [(150, 200), (2, 80, 90)], ids=str)
+def test_an_edit_of_full_rank_is_compensated_along_its_own_direction(shape):
+    weight = _weight(*shape)
+    edit = _weight(*shape, dtype=FP32, seed=5) * 1e-3
+    nearest, compensated = _store(weight, edit, "nearest"), _store(weight, edit, "auto")
+    stored = compensated.weight.double() - weight.double()
+    assert nearest.retention < 0.7
+    assert compensated.mode == "compensated"
+    assert (stored * edit).sum() / edit.double().square().sum() == pytest.approx(1.0, abs=2e-3)
+    noise = torch.linalg.matrix_norm(stored - edit, 2) / torch.linalg.matrix_norm(edit.double(), 2)
+    assert compensated.noise_spectral == pytest.approx(noise.max().item(), rel=0.1)
+    assert compensated.noise < _store(weight, edit, "stochastic").noise
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_dense_edit_and_its_factors_are_rounded_alike(mode):
+    weight, factors = _pair(60, 70, ratio=1e-2, rank=1)
+    dense = _store(weight, (factors.left * factors.values) @ factors.right, mode)
+    low = _store(weight, factors, mode)
+    assert (dense.weight != low.weight).float().mean() < 1e-3
+    assert dense.retention == pytest.approx(low.retention, abs=1e-3)
+
+
+def test_an_edit_too_small_for_compensation_keeps_the_best_that_was_found():
+    weight, factors = _pair(40, 50, ratio=1e-9)
+    result = _store(weight, factors, "auto")
+    assert result.mode == "compensated"
+    assert result.iterations == rounding.PATIENCE
+    assert result.retention < rounding.ENOUGH
+    assert result.noise <= 1.0
+    stored = result.weight.double() - weight.double()
+    assert result.noise_energy == pytest.approx((stored - _exact(weight, factors)[1]).square().sum().item())
+
+
+@pytest.mark.parametrize("mode", ["auto", *MODES])
+def test_a_sum_beyond_the_range_of_float16_is_refused(mode):
+    anchor = torch.full((4, 5), 65_000.0, dtype=FP16)
+    factors = Factors(torch.ones(4, 1) / 2, torch.tensor([4000.0 * 20**0.5]), torch.ones(1, 5) / 5**0.5)
+    with pytest.raises(InputError, match=r"layers\.0.*float16.*--dtype bfloat16.*keep"):
+        _store(anchor, factors, mode, FP16, name="layers.0")
+    assert _store(anchor, factors, mode, FP32).weight.max().item() == pytest.approx(69_000, rel=1e-3)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_weight_that_is_not_finite_is_refused(bad):
+    weight, factors = _pair(20, 30, ratio=1e-2)
+    weight[7, 3] = bad
+    for edit in (factors, factors.dense(), torch.zeros(20, 30)):
+        with pytest.raises(InputError, match="w: the weight holds infinity or NaN"):
+            _store(weight, edit, "auto")
+
+
+def test_misuse_is_refused_by_name():
+    weight, factors = _pair(20, 30, ratio=1e-2)
+    with pytest.raises(UsageError, match="int8"):
+        _store(weight, factors, "auto", torch.int8)
+    with pytest.raises(UsageError, match=r"\(30, 20\)"):
+        _store(weight, Factors(factors.right.mT, factors.values, factors.left.mT), "auto")
+    with pytest.raises(UsageError, match="not empty"):
+        _store(weight[:0], factors.dense()[:0], "auto")
+
+
+class _Storages(TorchDispatchMode):
+    """Sizes in bytes of the tensors that operations allocate."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in self._known:
+                self._known.add(leaf.untyped_storage().data_ptr())
+                self.sizes.append(leaf.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_beside_the_output_only_tiles_are_allocated(mode, monkeypatch):
+    monkeypatch.setattr(kernel, "TILE", 1 << 14)
+    weight, factors = _pair(1024, 512, ratio=1e-3)
+    with _Storages(weight) as storages:
+        _store(weight, factors, mode)
+    sizes = sorted(storages.sizes)
+    assert sizes[-1] == weight.nbytes  # the output
+    assert sizes[-2] <= 8 * max(1 << 14, 512 * 24)  # a float64 tile, or the columns of the norm estimate
