@@ -157,15 +157,15 @@ def outcome(job: "Job", done: "Outcome") -> None:
 def warnings(job: "Job", done: "Outcome") -> None:
     """What a careful user should know about a run, on stderr."""
     total = done.totals
-    if getattr(job.method, "anchor", "aligned") == "base" and total["energy_kept"] is not None:
+    if getattr(job.method, "anchor", "aligned") == "base" and total["energy_kept"] < 1:
         note(
             f"warning: {percent(1 - total['energy_kept'])} of the alignment update is dropped (--anchor base)"
         )
-    if (total["retention_min"] or 1) < 0.99:
+    if total["retention_min"] < 0.99:
         note(
             f"warning: a tensor keeps only {percent(total['retention_min'])} of its edit; use --rounding auto"
         )
-    if (total["noise_spectral_max"] or 0) > 1:
+    if total["noise_spectral_max"] > 1:
         note(
             f"warning: rounding noise exceeds the edit in a tensor ({total['noise_spectral_max']:.2f} in spectral "
             "norm); --dtype float32 or --as-lora avoid it"

@@ -21,12 +21,21 @@ from surgery.errors import InputError
 WAY_OUT = "leave out --as-lora to write a model instead"
 
 # What building a model from a config that it does not understand raises.
-_BUILD_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, ImportError, OSError)
+_BUILD_ERRORS = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    RuntimeError,
+    ImportError,
+    OSError,
+)
 # Fields of a config that do not change the logits of the same weights for the same tokens.
 _INERT = frozenset(
-    "_name_or_path architectures auto_map bos_token_id dtype eos_token_id max_position_embeddings pad_token_id "
-    "torch_dtype transformers_version use_cache".split()
-)
+    ("_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "max_position_embeddings",
+     "pad_token_id", "torch_dtype", "transformers_version", "use_cache")
+)  # fmt: skip
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 # Ways in which transformers makes one parameter of several tensors that blocks of factors can follow: rows on rows
 # (the second axis, once experts are stacked), matrices stacked to experts.
@@ -65,7 +74,9 @@ def model_config(checkpoint: Checkpoint) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+            return AutoConfig.from_pretrained(
+                checkpoint.folder, local_files_only=True, trust_remote_code=False
+            )
     except _BUILD_ERRORS as error:
         raise _no_model(checkpoint, error) from None
 
@@ -158,7 +169,9 @@ class Names:
                 direct[name] = parameter
                 continue
             rule = next(rule for rule in converters if pattern in rule.source_patterns)
-            self._converted[name] = _Converted(parameter, rule.operations, rule.source_patterns.index(pattern))
+            self._converted[name] = _Converted(
+                parameter, rule.operations, rule.source_patterns.index(pattern)
+            )
         return direct
 
     def _row_offsets(self) -> dict[str, int]:
@@ -180,7 +193,9 @@ class Names:
         found: dict[str, str] = {}
         for name, parameter in self._direct.items():
             if parameter in self._shapes and found.setdefault(parameter, name) != name:
-                raise InputError(f"{name} and {found[parameter]} are the same parameter in the model; {WAY_OUT}")
+                raise InputError(
+                    f"{name} and {found[parameter]} are the same parameter in the model; {WAY_OUT}"
+                )
         return found
 
     def place(self, name: str) -> Place | None:
@@ -196,8 +211,8 @@ class Names:
             return None
         if self._tensors[name].shape != self._shapes[parameter]:
             raise InputError(
-                f"{name} is {list(self._tensors[name].shape)} in the files and {list(self._shapes[parameter])} in the "
-                f"model that config.json of the adapter's anchor describes; {_exclude(name)}"
+                f"{name} is {list(self._tensors[name].shape)} in the files and {list(self._shapes[parameter])} in "
+                f"the model that the config.json of the adapter's anchor describes; {_exclude(name)}"
             )
         return Place(parameter)
 
@@ -206,11 +221,15 @@ class Names:
         expert = _EXPERT.search(name)
         steps = tuple((type(step).__name__, getattr(step, "dim", None)) for step in found.operations)
         if steps not in _LAYOUTS or ("MergeModulelist" in steps[0]) != bool(expert):
-            raise InputError(f"{name} is stored in another layout than the model holds it in; {_exclude(name)}")
+            raise InputError(
+                f"{name} is stored in another layout than the model holds it in; {_exclude(name)}"
+            )
         whole, row = self._shapes.get(found.parameter, ()), self._rows[name]
         fits = len(shape) == 2 and len(whole) == 2 + bool(expert)
         if not fits or whole[-1] != shape[1] or row + shape[0] > whole[-2]:
-            raise InputError(f"{name} {list(shape)} does not fit {found.parameter} {list(whole)}; {_exclude(name)}")
+            raise InputError(
+                f"{name} {list(shape)} does not fit {found.parameter} {list(whole)}; {_exclude(name)}"
+            )
         return Place(found.parameter, int(expert[1]) if expert else None, row, whole=False)
 
 
@@ -231,5 +250,5 @@ def _exclude(name: str) -> str:
 def nowhere(name: str) -> InputError:
     """The error for an edited tensor that is no parameter of the model."""
     return InputError(
-        f"{name} is edited, but the model class has no such parameter, so no adapter can hold its edit; {_exclude(name)}"
+        f"{name} is edited, but the model class has no such parameter, so no adapter can hold it; {_exclude(name)}"
     )

@@ -2,7 +2,7 @@
 
 PEFT itself decides which module a config means and what its tensors are called, by rules that differ between kinds of
 modules and model types. So the adapter is set up by PEFT on a model without weights (meta device), the names are read
-off it, and the written file is loaded into it again.
+off it, and before they are written it is checked that PEFT would load them all.
 
 PEFT: https://github.com/huggingface/peft, versions 0.18 and later.
 """
@@ -12,7 +12,6 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from surgery.adapter_names import WAY_OUT
-from surgery.errors import InputError, OutputError
+from surgery.errors import InputError
 from surgery.spectral import Factors
 
 _PREFIX = "base_model.model."
@@ -85,7 +84,12 @@ def _matrix_factors(
 
 
 def adapter_config(
-    ranks: Mapping[str, int], parameters: Collection[str], saved: Sequence[str], model: nn.Module, *, tied: bool
+    ranks: Mapping[str, int],
+    parameters: Collection[str],
+    saved: Sequence[str],
+    model: nn.Module,
+    *,
+    tied: bool,
 ) -> dict[str, Any]:
     """The fields of `adapter_config.json` that decide what is adapted; the scaling of every module is 1.
 
@@ -97,7 +101,9 @@ def adapter_config(
         tied: Whether one of those is tied to another module.
     """
     largest = max(ranks.values())
-    keys = {name if name in parameters else name.removesuffix(".weight"): rank for name, rank in ranks.items()}
+    keys = {
+        name if name in parameters else name.removesuffix(".weight"): rank for name, rank in ranks.items()
+    }
     modules = [key for key in keys if key not in parameters]
     # PEFT reads the keys as regular expressions.
     pattern = {re.escape(key): rank for key, rank in keys.items() if rank != largest}
@@ -203,7 +209,9 @@ class Adapted:
         if _NAME in layer.lora_embedding_A:
             tensors = {"lora_embedding_A": left.mT, "lora_embedding_B": right.mT}
         else:
-            one, other = _stacked(layer, parameter, left, right) if left.dim() == 3 else _plain(layer, left, right)
+            one, other = (
+                _stacked(layer, parameter, left, right) if left.dim() == 3 else _plain(layer, left, right)
+            )
             tensors = {"lora_A.weight": one, "lora_B.weight": other}
         return {f"{name}.{key}": value.contiguous() for key, value in tensors.items()}
 
@@ -218,25 +226,26 @@ class Adapted:
             for key in module.adapter_state_dict_load_map(_NAME)
         }
 
-    def require_loads(self, path: Path) -> None:
-        """Load a written file into the model, which needs as much memory as the file.
-
-        Raises:
-            OutputError: A tensor does not arrive, or arrives changed.
-        """
+    def require_loads(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Raise InputError unless tensors of these names and shapes fill the whole adapter."""
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
-        from safetensors.torch import load_file
 
-        tensors = load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            set_peft_model_state_dict(self._model, dict(tensors), low_cpu_mem_usage=True)
-            loaded = get_peft_model_state_dict(self._model, save_embedding_layers=False)
-        for name in sorted(tensors.keys() | loaded.keys()):
-            value = loaded.get(name)
-            arrived = name in tensors and value is not None and value.device.type != "meta"
-            if not arrived or not torch.equal(value, tensors[name]):
-                raise OutputError(f"{path.name}: PEFT does not load {name} as it was written; {WAY_OUT}")
+        wanted = get_peft_model_state_dict(self._model, self._model.state_dict(), save_embedding_layers=False)
+        expected = {name: tuple(value.shape) for name, value in wanted.items()}
+        given = {name: tuple(shape) for name, shape in shapes.items()}
+        wrong = sorted(
+            name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name)
+        )
+        if not wrong:
+            empty = {name: torch.empty(shape, device="meta") for name, shape in given.items()}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                result = set_peft_model_state_dict(self._model, empty, low_cpu_mem_usage=True)
+            wrong = sorted(result.unexpected_keys)
+        if wrong:
+            raise InputError(
+                f"PEFT expects {wrong[0]} as {expected.get(wrong[0])}, the edit has {given.get(wrong[0])}; {WAY_OUT}"
+            )
 
 
 def _plain(layer: Any, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,7 +257,9 @@ def _stacked(layer: Any, parameter: str, left: Tensor, right: Tensor) -> tuple[T
     """A and B of a stack of experts: in A an expert's rows are together, in B its columns lie E apart."""
     if getattr(layer.get_base_layer(), "is_transposed", False):
         if len(left) == 1:
-            raise InputError(f"{parameter} is one expert stored transposed, which PEFT cannot adapt; {WAY_OUT}")
+            raise InputError(
+                f"{parameter} is one expert stored transposed, which PEFT cannot adapt; {WAY_OUT}"
+            )
         left, right = right.mT, left.mT
     return right.flatten(0, 1), left.permute(1, 2, 0).flatten(1)
 
@@ -276,7 +287,9 @@ def adapt(
     if first is not None:
         return first
     model = build()
-    parameters |= {name for name in reason.missed if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)}
+    for name in reason.missed:
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear):
+            parameters.add(name)
     second, reason = _try(adapter_config(ranks, parameters, saved, model, tied=tied), ranks, model)
     if second is None:
         raise InputError(f"PEFT cannot adapt {reason.missed[0]} ({reason.text}); {WAY_OUT}")

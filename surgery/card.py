@@ -3,13 +3,16 @@
 Licence, language and the like come from the aligned model's card. Nothing is claimed that was not measured.
 """
 
+import dataclasses
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
+from surgery import methods
 from surgery.hub import Source
+from surgery.options import Options
 from surgery.order import card_metadata
 
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
@@ -67,8 +70,8 @@ def _what(manifest: Mapping[str, Any]) -> str:
     )
 
 
-def _share(value: float | None) -> str:
-    return "none" if value is None else f"{value:.2%}"
+def _share(value: float) -> str:
+    return f"{100 * value:.2f} %"
 
 
 def _figures(manifest: Mapping[str, Any]) -> str:
@@ -111,27 +114,24 @@ def _repeat(manifest: Mapping[str, Any]) -> str:
         manifest["method"],
         *(_pinned(manifest["inputs"][role]) for role in ("base", "aligned")),
     ]
-    for key in (
-        "rank",
-        "alpha",
-        "anchor",
-        "edit",
-        "include",
-        "exclude",
-        "layers",
-        "rounding",
-        "dtype",
-        "seed",
-    ):
-        if options.get(key) is not None:
-            words += [f"--{key}", str(options[key])]
-    words += ["--as-lora"] if options["as_lora"] else []
+    words += ["--rank", str(options["rank"]), "--alpha", str(options["alpha"])] if "rank" in options else []
+    for key, value in _changed(manifest):
+        flag = "--" + key.replace("_", "-")
+        words += [flag] if value is True else [flag, str(value)]
     return (
         "## Repeat and verify\n\n"
         f"    {shlex.join(words)}\n    surgery verify .\n\n"
         "`surgery.json` holds every option, the hashes of all inputs and outputs and the versions; "
         "`surgery.tensors.jsonl` holds the figures of each tensor."
     )
+
+
+def _changed(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Options other than their defaults, rank and alpha apart, which are always shown."""
+    records = (methods.get(manifest["method"]), Options)
+    defaults = {field.name: field.default for record in records for field in dataclasses.fields(record)}
+    options = manifest["options"].items()
+    return [(key, value) for key, value in options if key not in ("rank", "alpha") and value != defaults[key]]
 
 
 def _pinned(entry: Mapping[str, Any]) -> str:

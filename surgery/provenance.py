@@ -45,40 +45,37 @@ def versions() -> dict[str, str]:
 
 
 def totals(records: Iterable[Record]) -> dict[str, Any]:
-    """Figures over all tensors of an output.
+    """Figures over all tensors of an output, in which at least one is edited.
 
     energy_kept and retention are weighted by energy (sums of squares), noise_to_edit is a ratio of Frobenius
-    norms, certified_error_max is the worst tensor's bound. None where nothing was edited.
+    norms, certified_error_max is the worst tensor's bound. An edit of zero (alpha 0) is retained whole.
     """
     records = list(records)
     edited = [record for record in records if record["action"] == "edit"]
-    delta = math.fsum(record["delta_norm"] ** 2 for record in edited)
     edit = math.fsum(record["edit_norm"] ** 2 for record in edited)
-    worst = max(edited, key=lambda record: record["certified_error"], default=None)
+    noise = math.fsum((record["noise"] * record["edit_norm"]) ** 2 for record in edited)
     return {
         "edited": len(edited),
         "copied": sum(record["action"] == "copy" for record in records),
         "unchanged": sum(record["action"] == "unchanged" for record in records),
-        "energy_kept": _weighted(edited, "energy_kept", "delta_norm", delta),
-        "retention": _weighted(edited, "retention", "edit_norm", edit),
-        "retention_min": min((record["retention"] for record in edited), default=None),
-        "noise_to_edit": math.sqrt(_noise(edited) / edit) if edit else None,
-        "noise_spectral_max": max((record["noise_spectral"] for record in edited), default=None),
-        "certified_error_max": worst["certified_error"] if worst else None,
+        "energy_kept": _weighted(edited, "energy_kept", "delta_norm"),
+        "retention": _weighted(edited, "retention", "edit_norm"),
+        "retention_min": min(record["retention"] for record in edited),
+        "noise_to_edit": math.sqrt(noise / edit) if edit else 0.0,
+        "noise_spectral_max": max(record["noise_spectral"] for record in edited),
+        "certified_error_max": max(record["certified_error"] for record in edited),
         "certified_by": {
             name: sum(record["criterion"] == name for record in edited)
             for name in ("subspace", "energy", "exact")
         },
-        "energy_deficit_max": max((record["energy_deficit"] for record in edited), default=None),
+        "energy_deficit_max": max(record["energy_deficit"] for record in edited),
     }
 
 
-def _weighted(records: list[Record], value: str, norm: str, total: float) -> float | None:
-    return math.fsum(record[value] * record[norm] ** 2 for record in records) / total if total else None
-
-
-def _noise(records: list[Record]) -> float:
-    return math.fsum((record["noise"] * record["edit_norm"]) ** 2 for record in records)
+def _weighted(records: list[Record], value: str, norm: str) -> float:
+    """The mean of a figure, weighted by the square of a norm; 1 where all norms are 0."""
+    total = math.fsum(record[norm] ** 2 for record in records)
+    return math.fsum(record[value] * record[norm] ** 2 for record in records) / total if total else 1.0
 
 
 def tensors_bytes(records: Iterable[Record]) -> bytes:

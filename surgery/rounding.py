@@ -1,13 +1,14 @@
 """Storing an edit in a dtype that is too coarse for it.
 
-A weight W lies on the grid of its dtype; an edit E smaller than half a step is lost when W + E is rounded to nearest. What
-was stored, D = round(W + E) - W, is judged by its retention <D, E> / ||E||^2 and its noise ||D - E|| / ||E||.
+A weight W lies on the grid of its dtype; an edit E smaller than half a step is lost when W + E is rounded to nearest.
+What was stored, D = round(W + E) - W, is judged by its retention <D, E> / ||E||^2 and its noise ||D - E|| / ||E||.
 
 * nearest: round to nearest, ties to even.
-* stochastic: up with probability equal to the fraction; unbiased, noisy; bits from Philox, keyed by seed and tensor name.
-* compensated: round to nearest, but of W + U C V^T, where E = U S V^T and the k x k core C is chosen so that U^T D V = S. Fixed
-  point C <- C + (S - U^T D V) from C = S. Deterministic; two to three times less noise than stochastic. An edit of full
-  rank has no small core; there C is one number, the gain along E, chosen so that <D, E> = ||E||^2.
+* stochastic: up with probability equal to the fraction; unbiased, noisy; Philox bits keyed by seed and tensor name.
+* compensated: round to nearest, but of W + U C V^T, where E = U S V^T and the k x k core C is chosen so that
+  U^T D V = S. Fixed point C <- C + (S - U^T D V) from C = S. Deterministic; at small edits a half to a third of the
+  noise of stochastic. An edit of full rank has no small core: there C is one number, the gain along E, chosen so
+  that <D, E> = ||E||^2.
 * auto: nearest where it retains at least `ENOUGH`, else compensated.
 """
 
@@ -35,7 +36,7 @@ LIMIT = 50
 """Iterations of compensation at most; the best core is kept. Edits of 1e-4 of the weight take about fifteen."""
 
 PATIENCE = 4
-"""Setbacks after which a matrix is left at its best; each halves its steps. Small ones answer in jumps beyond `TOLERANCE`."""
+"""Setbacks after which a matrix is left at its best; each halves its steps. Small ones answer in jumps."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,12 @@ def store(
 ) -> Stored:
     """`anchor + edit` in `dtype`, with one rounding at the end, and how much of the edit that kept.
 
-    The sum is taken in float32, or in float64 if `anchor` or `dtype` is wider than 16 bits. `edit` comes as orthonormal
-    factors or, of full rank, as a tensor. Memory: the output and a few tiles. An edit of zero gives `anchor` in `dtype`.
+    The sum is taken in float32, or in float64 if `anchor` or `dtype` is wider than 16 bits. Memory: the output and a
+    few tiles. An edit of zero gives `anchor` in `dtype`.
 
     Args:
         anchor: One matrix, or a batch of them (experts).
-        edit: The intended edit E, scale included.
+        edit: The intended edit E, scale included: orthonormal factors or, of full rank, a tensor.
         dtype: What to store: bfloat16, float16, float32 or float64.
         mode: How to round.
         seed: With `name`, the key of the random bits (`stochastic`) and of the norm estimate.
@@ -155,8 +156,8 @@ def _compensate(
 ) -> tuple[Float64[Tensor, "batch k k"], int]:
     """Correct the core of each matrix until what is stored has the intended one; that core, and the iterations.
 
-    `found` is the core after rounding to nearest. A matrix that has arrived keeps its core, so that a batch gives what its
-    matrices would alone; one that never arrives gets its best.
+    `found` is the core after rounding to nearest. A matrix that has arrived keeps its core, so that a batch gives
+    what its matrices would alone; one that never arrives gets its best.
     """
     core = best_core = job.edit.core
     best_found, least, setbacks = found, torch.full_like(energy, torch.inf), torch.zeros_like(energy)
@@ -173,7 +174,8 @@ def _compensate(
         # What is stored may answer a change of the core twice over: shorter steps end the swinging.
         core = _pick(active, core + residual * 0.5 ** setbacks[:, None, None], core)
         found = _pick(active, job.write(core, active), found)
-    stale = error > least
+    # Not `error > least`: after an overflow the error is no number.
+    stale = ~(error <= least) & (energy > 0)
     if stale.any():
         job.write(best_core, stale)
     return best_found, iteration

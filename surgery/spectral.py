@@ -28,10 +28,14 @@ from surgery.kernels.certified_svd import Decomposition
 
 Method = Literal["certified", "exact"]
 
+# Ranks searched first by the automatic rank; more only if all of them stand out.
+_FIRST_LOOK = 8
 # Share of a squared norm that float32 cannot tell from its roundoff.
 _NEGLIGIBLE = 1e-6
 # Norms within which squares neither overflow nor lose digits in float32.
 _SAFE = (1e-12, 1e12)
+# Powers of two beyond which the squared norm of a matrix leaves the range of float64.
+_LARGEST_EXPONENT = 490
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def truncated_svd(
 
     Raises:
         UsageError: Shape, dtype, rank or tolerance out of range.
-        InputError: NaN or infinity in delta, or singular values or a squared norm beyond the range of the dtype.
+        InputError: NaN or infinity in delta, or a norm beyond the range of its dtype or of float64's squares.
     """
     _check(delta, rank, name, tol, method)
     matrices, exponent, energy = _rescaled(delta.detach().reshape(-1, *delta.shape[-2:]), name)
@@ -125,7 +129,7 @@ def truncated_svd(
         found = certified_svd.certified(matrices, energy, rank, _generator(seed, name), tol)
     totals = [math.ldexp(e, 2 * x) for e, x in zip(energy.tolist(), exponent, strict=True)]
     factors = _factors(found, exponent, delta)
-    _check_range(factors, totals, energy, name)
+    _check_range(factors, name)
     return Spectrum(factors, tuple(starmap(Certificate, found.verdicts)), tuple(totals))
 
 
@@ -165,8 +169,11 @@ def automatic_rank(
     cap = min(max_rank, *delta.shape)
     _check(delta, cap, name, tol, method)
     matrices, _, energy = _rescaled(delta.detach()[None], name)
-    values = certified_svd.prominent_values(matrices, cap, _generator(seed, name))[0].tolist()
-    rank = _rank_above_noise(values, float(energy), cap, *delta.shape)
+    look = rank = 0
+    while rank >= look < cap:
+        look = min(cap, max(_FIRST_LOOK, 2 * look))
+        values = certified_svd.prominent_values(matrices, look, _generator(seed, name))[0].tolist()
+        rank = _rank_above_noise(values, float(energy), look, *delta.shape)
     return truncated_svd(delta, rank, seed=seed, name=name, tol=tol, method=method)
 
 
@@ -206,10 +213,9 @@ def _check(delta: Tensor, rank: int, name: str, tol: float, method: str) -> None
         raise UsageError(f"{name}: the method must be one of {', '.join(get_args(Method))}, got {method!r}")
 
 
-def _check_range(factors: Factors, totals: list[float], energy: Tensor, name: str) -> None:
-    """Refuse results that overflowed or vanished on the way back to the scale of the input."""
-    vanished = any(t == 0 for t, e in zip(totals, energy.tolist(), strict=True) if e > 0)
-    if vanished or not all(map(math.isfinite, totals)) or not bool(factors.values.isfinite().all()):
+def _check_range(factors: Factors, name: str) -> None:
+    """Refuse singular values that overflowed on the way back to the scale of the input."""
+    if not bool(factors.values.isfinite().all()):
         raise InputError(
             f"{name}: the norm of delta is beyond the range of {factors.values.dtype}; rescale the weights"
         )
@@ -233,6 +239,10 @@ def _rescaled(matrices: Tensor, name: str) -> tuple[Tensor, list[int], Tensor]:
                 f"{name}: delta holds NaN or infinity; check both checkpoints for damaged weights"
             )
         exponent[index] = math.frexp(largest)[1]
+        if abs(exponent[index]) > _LARGEST_EXPONENT:
+            raise InputError(
+                f"{name}: delta reaches {largest:g}, whose squares float64 cannot hold; rescale the weights"
+            )
     if any(exponent):
         # In two steps: the power of two itself can lie outside the range of float32.
         for part in ([-(x // 2) for x in exponent], [x // 2 - x for x in exponent]):

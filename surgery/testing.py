@@ -39,8 +39,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 """Configs by name; a name is the transformers model type unless the config gives another."""
 
 
-def tiny_model(folder: Path, architecture: str = "llama", *, seed: int = 0, shard_size: str = "5GB") -> Path:
-    """A folder with a random model of that architecture, in bfloat16, and its config; returns the folder."""
+def tiny_model(
+    folder: Path, architecture: str = "llama", *, seed: int = 0, shard_size: str = "5GB", fused: bool = False
+) -> Path:
+    """A folder with a random model of that architecture, in bfloat16, and its config; returns the folder.
+
+    Args:
+        folder: Where it goes.
+        architecture: A name in `ARCHITECTURES`.
+        seed: Of the weights.
+        shard_size: Largest shard, as transformers spells it.
+        fused: Store tensors as they are in memory (experts as one 3-D tensor), not as transformers saves them.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = dict(ARCHITECTURES[architecture])
@@ -49,6 +59,12 @@ def tiny_model(folder: Path, architecture: str = "llama", *, seed: int = 0, shar
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size=shard_size)
+    if fused:
+        for file in folder.glob("model*.safetensors*"):
+            file.unlink()
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -120,8 +136,8 @@ def perturbed_copy(
 
 
 def tiny_pair(
-    folder: Path, architecture: str = "llama", *, seed: int = 0, shard_size: str = "5GB"
+    folder: Path, architecture: str = "llama", *, seed: int = 0, shard_size: str = "5GB", fused: bool = False
 ) -> tuple[Path, Path]:
-    """Folders of a random base model and of a made-up alignment of it."""
-    base = tiny_model(folder / "base", architecture, seed=seed, shard_size=shard_size)
+    """Folders of a random base model and of a made-up alignment of it; arguments as for `tiny_model`."""
+    base = tiny_model(folder / "base", architecture, seed=seed, shard_size=shard_size, fused=fused)
     return base, perturbed_copy(base, folder / "aligned", seed=seed + 1)

@@ -137,7 +137,7 @@ def _block(rank: int) -> int:
 
 def _room(short: int) -> int:
     """Krylov dimension beyond which a full decomposition is cheaper."""
-    return short // 3
+    return short // 2
 
 
 def _iterate(

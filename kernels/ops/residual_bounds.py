@@ -32,7 +32,8 @@ a direction of that strength. Of b equally strong directions a block of b sees a
 
 *Roundoff.* Residuals are formed in float64 from the products made; each product of `delta` with a unit vector is
 taken to carry an error of up to `16 u s_1` (u: unit roundoff of the products), the errors of different vectors
-as independent (Higham and Mary 2019), and the factors one rounding of relative size u each.
+as independent (Higham and Mary 2019) and no more than a quarter of each as lying along any one vector, and the
+factors to carry one rounding of relative size u each.
 """
 
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ from torch import Tensor
 # Error of one product of delta with a unit vector, in units of the products' roundoff and of s_1. Measured: 1.2 to
 # 9.6 over Gaussian, spiked, one-signed and outlier-ridden matrices of 200 to 20000 rows and columns.
 PRODUCT_NOISE = 16.0
+# Largest part of a product's error along a given direction; independent errors give 1/sqrt(m), below 0.1.
+_ALIGNMENT = 0.25
 # (R + N)^T (R + N) <= (1 + t) R^T R + (1 + 1/t) N^T N with t = 1/4.
 _INFLATION, _NOISE_INFLATION = 1.25, 5.0
 
@@ -145,9 +148,22 @@ def _by_gap_beyond(
     gap, usable = _gap(theta[:, rank - 1 : rank], mu[:, beyond : beyond + 1])
     added = _NOISE_INFLATION * _disturbance(known, mu[:, beyond : beyond + 1], noise, beyond)
     leak = _INFLATION * gram[:, :beyond, :beyond] + torch.diag_embed(added)
-    shifted = torch.diag_embed(theta[:, :beyond]) + leak / gap.unsqueeze(-1)
+    diagonal = theta[:, :beyond] + _coupling(known, theta, noise, rank, beyond)
+    shifted = torch.diag_embed(diagonal) + leak / gap.unsqueeze(-1)
     missed = torch.linalg.eigvalsh(shifted)[:, -rank:].sum(-1) - theta[:, :rank].sum(-1)
     return torch.where(usable, missed.clamp_min(0.0), torch.inf)
+
+
+def _coupling(known: Residuals, theta: Tensor, noise: Tensor, rank: int, beyond: int) -> Tensor:
+    """What to add to theta so that roundoff between kept and other Ritz vectors can be left out.
+
+    V^T H V is diagonal up to a block N between the two, and `[0 N; N^T 0] <= diag(|N|^2 / w, w)` for every
+    weight w: a quarter of the gap, or |N| where that is more.
+    """
+    size = _ALIGNMENT * known.values[:, :1] * (known.outer.amax(-1, keepdim=True) + noise)
+    weight = torch.maximum((theta[:, rank - 1 : rank] - theta[:, rank : rank + 1]) / 4, size)
+    kept = size.square() / torch.where(weight > 0, weight, 1.0)
+    return torch.cat([kept.expand(-1, rank), weight.expand(-1, beyond - rank)], dim=-1)
 
 
 def _gap(theta: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:

@@ -166,21 +166,24 @@ class LoX(WeightEdit):
         rank = min(delta.shape[-2:])
         return WeightUpdate(self.alpha * delta, rank, 1.0, energy, 0.0, 0.0, "exact")
 
+    def _term(self) -> str:
+        """The extrapolated term as it stands in the equation."""
+        delta = "(W_aligned - W_base)"
+        return {"full": delta, "auto": f"P_k{delta}"}.get(str(self.rank), f"P_{self.rank}{delta}")
+
     def equation(self) -> str:
         """The equation in the form that is applied, with numbers."""
-        return f"W = W_{self.anchor} + {self.alpha:g} * P_{self.rank}(W_aligned - W_base)"
+        chosen = ", k chosen for each tensor" if self.rank == "auto" else ""
+        return f"W = W_{self.anchor} + {self.alpha:g} * {self._term()}{chosen}"
 
     def equivalent(self) -> str:
-        """The same edit with the other anchor, with numbers; exact on the rank-k subspace."""
-        if self.anchor == "aligned":
-            return (
-                f"W = W_base + {1 + self.alpha:g} * P_{self.rank}(W_aligned - W_base) on the rank-{self.rank} "
-                "subspace; this form also keeps the rest of the update"
-            )
-        return (
-            f"W = W_aligned + {self.alpha - 1:g} * P_{self.rank}(W_aligned - W_base) on the rank-{self.rank} "
-            "subspace; this form also drops the rest of the update"
-        )
+        """The same edit with the other anchor, with numbers; exact on the kept subspace."""
+        other, shift = ("base", 1) if self.anchor == "aligned" else ("aligned", -1)
+        form = f"W = W_{other} + {self.alpha + shift:g} * {self._term()}"
+        if self.rank == "full":
+            return form
+        verb = "keeps" if self.anchor == "aligned" else "drops"
+        return f"{form} on the kept subspace, where the form applied also {verb} the rest of the update"
 
     def label(self) -> str:
         """`lox-r6-a1.5`, with a `-base` where the anchor is not the default."""

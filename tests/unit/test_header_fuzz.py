@@ -20,7 +20,7 @@ from surgery.checkpoint.reader import Reader
 from surgery.errors import SurgeryError
 
 BOUNDED = settings(
-    max_examples=300,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     database=None,

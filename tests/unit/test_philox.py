@@ -46,7 +46,9 @@ def test_uniform_numbers_depend_on_their_index_alone():
         torch.testing.assert_close(
             philox.uniform(start, count, words), whole[start : start + count], rtol=0, atol=0
         )
-    assert not torch.equal(philox.uniform(1, 1000, words), whole[:1000])  # control: another start is another stream
+    assert not torch.equal(
+        philox.uniform(1, 1000, words), whole[:1000]
+    )  # control: another start is another stream
 
 
 def test_an_index_beyond_32_bits_uses_the_second_counter_word():

@@ -136,7 +136,7 @@ def saved(tmp_path_factory):
 
 
 @settings(
-    max_examples=150,
+    max_examples=80,
     deadline=None,
     derandomize=True,
     database=None,

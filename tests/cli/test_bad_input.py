@@ -1,0 +1,732 @@
+"""Each bad input is refused in one line that says what to do, and leaves everything as it was."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from surgery.cli.app import main
+
+from surgery import resources, testing
+
+CONFIG = {"model_type": "surprise", "architectures": ["SurpriseForCausalLM"], "torch_dtype": "bfloat16"}
+Q, NORM, EMBED = "model.layers.1.self_attn.q_proj.weight", "model.norm.weight", "model.embed_tokens.weight"
+SHARD = "model-00001-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def weights():
+    generator = torch.Generator().manual_seed(7)
+    shapes = {EMBED: (31, 24), NORM: (24,), "lm_head.weight": (31, 24)}
+    for layer in range(2):
+        stem = f"model.layers.{layer}"
+        shapes[f"{stem}.self_attn.q_proj.weight"] = (24, 24)
+        shapes[f"{stem}.mlp.up_proj.weight"] = (37, 24)
+        shapes[f"{stem}.mlp.up_proj.bias"] = (37,)
+    return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+
+
+@dataclass
+class Pair:
+    """Two folders side by side; `out` is where the output would go."""
+
+    root: Path
+    aligned: Path
+    base: Path
+    out: Path
+
+    def folder(self, side):
+        return getattr(self, side)
+
+    def command(self, *more):
+        return ["lox", str(self.base), str(self.aligned), "--rank", "3", "-o", str(self.out), *more]
+
+
+@pytest.fixture(scope="module")
+def master(tmp_path_factory):
+    root = tmp_path_factory.mktemp("master")
+    testing.write_checkpoint(root / "base", weights(), CONFIG, shards=2)
+    testing.perturbed_copy(root / "base", root / "aligned")
+    return root
+
+
+@pytest.fixture
+def pair(master, tmp_path):
+    shutil.copytree(master, tmp_path / "in")
+    inside = tmp_path / "in"
+    return Pair(tmp_path, inside / "aligned", inside / "base", tmp_path / "out")
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch):
+    """The command takes over signals and threads of its process, which here is pytest's."""
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+    monkeypatch.delenv("SURGERY_DEBUG", raising=False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def snapshot(root):
+    """Everything below a folder: kind, permissions, and content or target."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        mode = path.lstat().st_mode
+        content = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        found[str(path.relative_to(root))] = (mode, content)
+    return found
+
+
+def run(capfd, arguments):
+    """Exit code, stdout and stderr of the command, run in this process."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    out, err = capfd.readouterr()
+    return caught.value.code, out, err
+
+
+def check_message(err, words):
+    """One line that starts as errors do and says all of `words`."""
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert lines[0].isprintable()
+    missing = [word for word in words if word not in lines[0]]
+    assert not missing, (missing, lines[0])
+
+
+def refused(capfd, pair, code, words, arguments):
+    """Run a command that must fail and must leave no trace."""
+    before = snapshot(pair.root)
+    found, out, err = run(capfd, arguments)
+    assert (found, out) == (code, ""), err
+    check_message(err, words)
+    after = snapshot(pair.root)
+    assert after.keys() == before.keys()
+    assert after == before
+
+
+CASES = {}
+
+
+def case(code, *words):
+    """Register a function that spoils a pair; `words` stand in the error, the way out among them."""
+
+    def register(spoil):
+        CASES[spoil.__name__] = (code, words, spoil)
+        return spoil
+
+    return register
+
+
+def rewrite(folder, change, shard=None):
+    """Pass the tensors of a folder's shards through `change`, the index kept true."""
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = {}
+    for file in sorted(folder.glob("model-*.safetensors")):
+        tensors = load_file(file)
+        tensors = change(tensors) if shard in (None, file.name) else tensors
+        save_file(tensors, file, metadata={"format": "pt"})
+        index["weight_map"].update(dict.fromkeys(tensors, file.name))
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def replaced(folder, **tensors):
+    """Replace tensors by name; dots are written as double underscores."""
+    new = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    rewrite(folder, lambda found: {name: new.get(name, tensor) for name, tensor in found.items()})
+
+
+def renamed(folder, rename):
+    rewrite(folder, lambda found: {rename(name): tensor for name, tensor in found.items()})
+
+
+def added(folder, tensors):
+    rewrite(folder, lambda found: {**found, **tensors}, SHARD)
+
+
+def configured(folder, **fields):
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **fields}))
+
+
+def reindexed(folder, name, file):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][name] = file
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def new_header(folder, change):
+    """Rewrite a shard's header by a function on its entries, its data kept."""
+    path = folder / SHARD
+    data = path.read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    text = json.dumps(change(json.loads(data[8:end]))).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[end:])
+
+
+def pickled(pair, side="aligned", **extra):
+    """Turn a side into a pickled checkpoint."""
+    folder = pair.folder(side)
+    tensors = testing.read_tensors(folder)
+    for file in [*folder.glob("*.safetensors"), folder / INDEX]:
+        file.unlink()
+    torch.save({**tensors, **extra}, folder / "pytorch_model.bin")
+
+
+# Two checkpoints that do not belong together.
+
+
+@case(3, Q, "[24, 24]", "[24, 23]", "check that base")
+def shapes_differ(pair):
+    replaced(pair.base, **{Q: torch.ones(24, 23).bfloat16()})
+
+
+@case(3, "model.", "other.", "LoX needs the checkpoint")
+def names_differ_without_a_common_ending(pair):
+    renamed(pair.base, lambda name: "other." + name.replace("weight", "w").replace("bias", "b"))
+
+
+@case(3, "more than one way", "rename one side")
+def names_differ_and_can_be_paired_in_two_ways(pair):
+    both = torch.ones(24, 24).bfloat16()
+    names = ("one.layers.0.q.weight", "two.layers.0.q.weight")
+    rewrite(pair.aligned, lambda found: dict.fromkeys(names, both.clone()) if Q in found else {NORM: both[0]})
+    rewrite(pair.base, lambda found: {"three.layers.0.q.weight": both} if Q in found else {NORM: both[0]})
+
+
+@case(3, "2 tensors", "model.layers.1.", "--exclude")
+def aligned_lacks_tensors(pair):
+    gone = (Q, "model.layers.1.mlp.up_proj.weight")
+    rewrite(pair.aligned, lambda found: {name: found[name] for name in found if name not in gone})
+
+
+@case(3, Q, "no such tensor", "--exclude")
+def base_lacks_a_tensor(pair):
+    rewrite(pair.base, lambda found: {name: found[name] for name in found if name != Q})
+
+
+@case(3, "[31, 24]", "[33, 24]", "--vocab common-rows")
+def vocabulary_differs(pair):
+    replaced(pair.base, **{EMBED: torch.ones(33, 24).bfloat16()})
+
+
+@case(3, "base and aligned hold the same weights", "check that base")
+def base_equals_aligned_by_content(pair):
+    shutil.rmtree(pair.base)
+    shutil.copytree(pair.aligned, pair.base)
+
+
+@case(3, "base and aligned are both aligned", "give")
+def base_equals_aligned_by_path(pair):
+    pair.base = pair.aligned
+
+
+@case(3, "base and aligned are both", "give")
+def base_is_a_link_to_aligned(pair):
+    shutil.rmtree(pair.base)
+    pair.base.symlink_to(pair.aligned)
+
+
+@case(3, "look swapped", "the card of base names aligned", "--i-checked-the-order")
+def cards_say_that_the_order_is_swapped(pair):
+    (pair.base / "README.md").write_text("---\nbase_model: someone/aligned\n---\n")
+
+
+@case(3, "look swapped", "only base has a chat template", "--i-checked-the-order")
+def chat_template_is_on_the_wrong_side(pair):
+    (pair.base / "chat_template.jinja").write_text("{{ messages }}")
+
+
+# Files that are missing, damaged or hostile.
+
+
+@case(3, f"aligned/{SHARD}", "missing", "complete the download")
+def a_shard_is_missing(pair):
+    (pair.aligned / SHARD).unlink()
+
+
+@case(3, f"base/{SHARD}", "missing", "complete the download")
+def a_shard_of_base_is_missing(pair):
+    (pair.base / SHARD).unlink()
+
+
+@case(3, "the index of aligned", "model.layers.9.x", "download")
+def index_names_an_absent_tensor(pair):
+    reindexed(pair.aligned, "model.layers.9.x", SHARD)
+
+
+@case(3, "../secret.safetensors", "below its folder", "do not trust")
+def index_names_a_path_above_the_folder(pair):
+    shutil.copy(pair.aligned / SHARD, pair.aligned.parent / "secret.safetensors")
+    reindexed(pair.aligned, Q, "../secret.safetensors")
+
+
+@case(3, "/etc/x.safetensors", "below its folder", "do not trust")
+def index_names_an_absolute_path(pair):
+    reindexed(pair.base, Q, "/etc/x.safetensors")
+
+
+@case(3, f"aligned/{SHARD}", "truncated", "download")
+def a_shard_is_truncated(pair):
+    os.truncate(pair.aligned / SHARD, (pair.aligned / SHARD).stat().st_size - 5)
+
+
+@case(3, f"base/{SHARD}", "truncated", "download")
+def a_shard_ends_in_its_header(pair):
+    os.truncate(pair.base / SHARD, 40)
+
+
+@case(3, "header of 4611686018427387904 bytes", "at most", "download")
+def a_header_claims_an_absurd_size(pair):
+    with open(pair.aligned / SHARD, "r+b") as file:
+        file.write(struct.pack("<Q", 1 << 62))
+
+
+@case(3, "overlaps", "download")
+def offsets_overlap(pair):
+    def overlap(entries):
+        rows = sorted((entry["data_offsets"], name) for name, entry in entries.items() if name[0] != "_")
+        (begin, end), name = rows[1]
+        entries[name]["data_offsets"] = [begin - 2, end - 2]
+        return entries
+
+    new_header(pair.aligned, overlap)
+
+
+@case(3, "unknown dtype FLOAT7", "known are")
+def a_dtype_is_unknown(pair):
+    new_header(
+        pair.base,
+        lambda entries: {
+            name: entry if name[0] == "_" else {**entry, "dtype": "FLOAT7"} for name, entry in entries.items()
+        },
+    )
+
+
+@case(3, "config.json", "not JSON", "download")
+def a_config_is_no_json(pair):
+    (pair.aligned / "config.json").write_text("{'model_type': 1}")
+
+
+@case(3, "nowhere", "give a folder")
+def a_folder_is_missing(pair):
+    pair.base = "nowhere"
+
+
+@case(3, "no weights", "give the folder of a checkpoint")
+def a_folder_is_empty(pair):
+    shutil.rmtree(pair.base)
+    pair.base.mkdir()
+
+
+@case(3, "is a file", "folder")
+def a_source_is_a_file(pair):
+    pair.base /= SHARD
+
+
+@case(3, "an adapter only", "merge it")
+def aligned_is_an_adapter(pair):
+    shutil.rmtree(pair.aligned)
+    pair.aligned.mkdir()
+    (pair.aligned / "adapter_config.json").write_text("{}")
+
+
+# Values that are no numbers.
+
+
+def spoiled_value(name, value):
+    def change(found):
+        return {**found, name: found[name].view(-1).index_fill(0, torch.tensor([5]), value).view_as(found[name])}
+
+    return lambda found: change(found) if name in found else found
+
+
+for _side in ("aligned", "base"):
+    for _name, _kind in ((Q, "edited"), (NORM, "copied")):
+        for _value in ("nan", "inf"):
+
+            def _spoil(pair, side=_side, name=_name, value=_value):
+                rewrite(pair.folder(side), spoiled_value(name, float(value)))
+
+            _spoil.__name__ = f"{_value}_in_an_{_kind}_tensor_of_{_side}"
+            case(3, _name, f"the {_side} checkpoint", "NaN or infinity")(_spoil)
+
+
+# Weights that are not floating point.
+
+UP = "model.layers.0.mlp.up_proj"
+BYTES = torch.ones(9, 1, dtype=torch.uint8)
+INTS = torch.ones(3, 24, dtype=torch.int32)
+SCALES = torch.ones(1, 24).half()
+QUANTISED = {
+    "bitsandbytes 4-bit": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {f"{UP}.weight.absmax": SCALES, f"{UP}.weight.quant_state.bitsandbytes__nf4": BYTES[:, 0]},
+    ),
+    "bitsandbytes 8-bit": (
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        {f"{UP}.SCB": torch.ones(3)},
+    ),
+    "GPTQ": ({"quant_method": "gptq", "bits": 4}, {f"{UP}.qweight": INTS, f"{UP}.g_idx": INTS[0]}),
+    "AWQ": ({"quant_method": "awq", "bits": 4}, {f"{UP}.qweight": INTS, f"{UP}.qzeros": INTS}),
+    "BitNet (1-bit)": (
+        {"quant_method": "bitnet"},
+        {f"{UP}.packed": BYTES, f"{UP}.packed_scale": torch.ones(1)},
+    ),
+}
+for _label, (_settings, _tensors) in QUANTISED.items():
+    for _side in ("aligned", "base"):
+
+        def _quantise(pair, side=_side, settings=_settings, tensors=_tensors):
+            configured(pair.folder(side), quantization_config=settings)
+            added(pair.folder(side), tensors)
+
+        _quantise.__name__ = f"{_label.replace(' ', '_')}_weights_in_{_side}"
+        case(3, f"{_side} has {_label} weights", "floats of 16 bits", "use")(_quantise)
+
+
+@case(3, "aligned has GPTQ weights", "floats of 16 bits", "use")
+def quantised_weights_that_no_config_tells_of(pair):
+    added(pair.aligned, {f"{UP}.qweight": INTS, f"{UP}.g_idx": INTS[0]})
+
+
+@case(3, "aligned has integer weights", Q, "I8", "floats of 16 bits")
+def weights_are_integers(pair):
+    replaced(pair.aligned, **{Q: torch.ones(24, 24, dtype=torch.int8)})
+
+
+@case(3, "GGUF weights only (q4.gguf)", "give the safetensors checkpoint")
+def weights_are_gguf(pair):
+    shutil.rmtree(pair.aligned)
+    pair.aligned.mkdir()
+    (pair.aligned / "q4.gguf").write_bytes(b"GGUF\3\0\0\0")
+
+
+@case(3, "pickled weights only (pytorch_model.bin)", "--allow-pickle")
+def weights_are_pickled_and_nobody_allowed_it(pair):
+    pickled(pair)
+
+
+# Options that make no sense.
+
+
+def options(name, code, words, *arguments):
+    def spoil(pair):
+        return arguments
+
+    spoil.__name__ = name
+    case(code, *words)(spoil)
+
+
+options("rank_is_0", 2, ["rank is 0", "at least 1", "--rank full"], "--rank", "0")
+options("rank_is_negative", 2, ["rank is -2", "at least 1"], "--rank", "-2")
+options("rank_is_above_every_tensor", 2, ["rank is 25", "more than 24", "--rank 24 or less"], "--rank", "25")
+options("alpha_is_nan", 2, ["alpha is nan", "finite", "--alpha 1.25"], "--alpha", "nan")
+options("alpha_is_infinite", 2, ["alpha is inf", "finite", "--alpha 1.25"], "--alpha", "inf")
+options("alpha_is_negative", 2, ["alpha is -0.1", "at least 0", "remove alignment"], "--alpha", "-0.1")
+options(
+    "alpha_is_below_1_on_the_base_anchor", 2, ["alpha is 0.99", "at least 1", "remove alignment"],
+    "--anchor", "base", "--alpha", "0.99",
+)  # fmt: skip
+options("nothing_is_selected", 2, ["select no tensor", "loosen --include"], "--include", "nothing")
+options("a_pattern_is_no_regular_expression", 2, ["include is '('", "regular"], "--include", "(")
+options("layers_are_no_range", 2, ["layers is '7'", "--layers 4:20"], "--layers", "7")
+options("json_and_quiet_contradict_each_other", 2, ["--json", "--quiet", "choose one"], "--json")
+options("an_adapter_takes_no_dtype", 2, ["--dtype", "--as-lora"], "--as-lora", "--dtype", "float32")
+options("the_device_is_unknown", 3, ["'abacus'", "--device cpu"], "--device", "abacus")
+
+
+# Outputs that cannot be.
+
+
+@case(2, "exists", "choose another --output", "--overwrite")
+def output_exists(pair):
+    pair.out.mkdir()
+    (pair.out / "surgery.json").write_text("{}")
+
+
+@case(2, "exists", "remove it yourself")
+def output_exists_and_is_not_ours(pair):
+    pair.out.mkdir()
+    (pair.out / "precious").write_text("mine")
+    return ("--overwrite",)
+
+
+@case(2, "exists")
+def output_is_a_file(pair):
+    pair.out.write_text("mine")
+    return ("--overwrite",)
+
+
+@case(2, "out", "is a link", "choose another --output")
+def output_is_a_link_to_an_empty_folder(pair):
+    (pair.root / "elsewhere").mkdir()
+    pair.out.symlink_to(pair.root / "elsewhere")
+
+
+for _side in ("aligned", "base"):
+
+    def _equal(pair, side=_side):
+        pair.out = pair.folder(side)
+        return ("--overwrite",)
+
+    _equal.__name__ = f"output_is_the_{_side}_checkpoint"
+    case(2, f"the {_side} checkpoint", "choose another --output")(_equal)
+
+    def _through_link(pair, side=_side):
+        pair.out.symlink_to(pair.folder(side))
+        return ("--overwrite",)
+
+    _through_link.__name__ = f"output_is_a_link_to_the_{_side}_checkpoint"
+    case(2, f"the {_side} checkpoint", "choose another --output")(_through_link)
+
+    def _inside(pair, side=_side):
+        pair.out = pair.folder(side) / "deep" / "out"
+
+    _inside.__name__ = f"output_is_inside_the_{_side}_checkpoint"
+    case(2, f"the {_side} checkpoint", "choose another --output")(_inside)
+
+    def _partial(pair, side=_side):
+        folder = pair.folder(side)
+        (folder / "surgery.json").write_text("{}")
+        setattr(pair, side, folder.rename(folder.with_name("out.partial")))
+        pair.out = folder.with_name("out")
+
+    _partial.__name__ = f"output_would_be_built_in_the_{_side}_checkpoint"
+    case(2, f"the {_side} checkpoint", "choose another --output")(_partial)
+
+
+@case(2, "checkpoint share a folder", "choose another --output")
+def output_is_around_the_inputs(pair):
+    pair.out = pair.aligned.parent
+    return ("--overwrite",)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_refused_in_one_line_and_leaves_no_trace(name, pair, capfd):
+    code, words, spoil = CASES[name]
+    more = spoil(pair) or ()
+    refused(capfd, pair, code, words, pair.command("-q", *more))
+
+
+def test_the_same_command_on_the_good_pair_succeeds(pair, capfd):
+    before = snapshot(pair.root)
+    assert run(capfd, pair.command("-q")) == (0, "", "")
+    after = snapshot(pair.root)
+    assert {name: after[name] for name in before} == before
+    assert {Path(name).parts[0] for name in after.keys() - before.keys()} == {"out"}
+
+
+def test_a_refusal_is_seen_by_who_compares_the_folders(pair, capfd):
+    with pytest.raises(AssertionError):
+        refused(capfd, pair, 0, [], pair.command("-q"))
+
+
+def test_names_that_differ_by_one_prefix_are_paired(pair, capfd):
+    renamed(pair.base, lambda name: "language_model." + name)
+    code, out, err = run(capfd, pair.command("--json"))
+    assert code == 0, err
+    assert json.loads(out)["edited"] == 6
+
+
+def test_swapped_arguments_go_through_when_someone_vouches(pair, capfd):
+    (pair.base / "chat_template.jinja").write_text("{{ messages }}")
+    assert run(capfd, pair.command("-q", "--i-checked-the-order"))[0] == 0
+
+
+def test_an_unknown_architecture_works(pair, capfd):
+    for folder in (pair.base, pair.aligned):
+        renamed(folder, lambda name: name.replace("model.layers.", "trunk.rungs.").replace("q_proj", "zork"))
+        (folder / "config.json").write_text('{"model_type": "surprise"}')
+    code, out, err = run(capfd, pair.command("--json"))
+    assert code == 0, err
+    assert json.loads(out)["edited"] == 6
+
+
+def test_a_pickle_is_read_when_allowed(pair, capfd):
+    pickled(pair)
+    assert run(capfd, pair.command("-q", "--allow-pickle"))[0] == 0
+    assert not list(pair.out.glob("*.bin"))
+
+
+class Runs:
+    """Unpickled freely, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("side", ["aligned", "base"])
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(pair, capfd, side):
+    made = pair.root / "made"
+    pickled(pair, side, x=Runs(made))
+    words = [f"{side}/pytorch_model.bin", "run code (posix.mkdir)", "do not trust", "safetensors"]
+    refused(capfd, pair, 3, words, pair.command("-q", "--allow-pickle"))
+    assert not made.exists()
+    torch.load(pair.folder(side) / "pytorch_model.bin", weights_only=False)
+    assert made.exists()
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(pair, capfd, monkeypatch):
+    monkeypatch.setattr(resources, "disk_free", lambda path: 9_000)
+    refused(capfd, pair, 4, ["the output needs", "free", "another --output"], pair.command("-q"))
+    monkeypatch.setattr(resources, "disk_free", lambda path: 9_000_000)
+    assert run(capfd, pair.command("-q"))[0] == 0
+
+
+def test_too_little_memory_is_refused_before_anything_is_written(pair, capfd, monkeypatch):
+    monkeypatch.setattr(resources, "memory_available", lambda: 1 << 20)
+    refused(capfd, pair, 4, ["needs about", "1 MiB are available", "--edit linear"], pair.command("-q"))
+
+
+def fill_disk(monkeypatch, after):
+    """Writing ends with `ENOSPC` once `after` bytes are in shards; returns how to free the disk."""
+    from surgery.checkpoint import writer
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data):
+            Full.room -= len(data)
+            if Full.room < 0:
+                raise OSError(28, os.strerror(28))
+            return self.file.write(data)
+
+    Full.room = after
+    real = open
+    opened = lambda path, mode="r", **more: (  # noqa: E731
+        Full(real(path, mode, **more)) if mode == "wb" else real(path, mode, **more)
+    )
+    monkeypatch.setattr(writer, "open", opened, raising=False)
+
+
+@pytest.mark.parametrize("after", [0, 3_000, 9_000, 14_000])
+def test_a_disk_that_fills_half_way_is_told_and_the_same_command_finishes_later(
+    pair, capfd, monkeypatch, after
+):
+    before = snapshot(pair.root / "in")
+    with monkeypatch.context() as full:
+        fill_disk(full, after)
+        code, out, err = run(capfd, pair.command("-q"))
+    assert (code, out) == (4, "")
+    check_message(err, ["disk", "free", "run the same command again"])
+    assert not pair.out.exists()
+    assert (pair.root / "out.partial" / "journal.jsonl").is_file()
+    assert snapshot(pair.root / "in") == before
+    assert run(capfd, pair.command("-q"))[0] == 0
+    resumed = {file.name: file.read_bytes() for file in pair.out.iterdir() if file.name != "surgery.run.json"}
+    shutil.rmtree(pair.out)
+    assert run(capfd, pair.command("-q"))[0] == 0
+    assert resumed == {
+        file.name: file.read_bytes() for file in pair.out.iterdir() if file.name != "surgery.run.json"
+    }
+
+
+@pytest.mark.parametrize("file", [SHARD, INDEX, "config.json"])
+@pytest.mark.parametrize("side", ["aligned", "base"])
+def test_a_file_that_may_not_be_read_is_named(pair, capfd, monkeypatch, side, file):
+    forbidden = str(pair.folder(side) / file)
+    real = os.open
+
+    def refusing(path, *arguments, **more):
+        if os.fspath(path) == forbidden:
+            raise PermissionError(13, os.strerror(13), forbidden)
+        return real(path, *arguments, **more)
+
+    monkeypatch.setattr(os, "open", refusing)
+    words = [f"no right to read {side}/{file}", "permissions"]
+    refused(capfd, pair, 5, words, pair.command("-q"))
+
+
+def test_a_second_run_on_the_same_output_is_refused_while_the_first_lives(pair, capfd):
+    partial = pair.root / "out.partial"
+    partial.mkdir()
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        refused(capfd, pair, 2, ["another run is writing", "wait", "another --output"], pair.command("-q"))
+    finally:
+        os.close(descriptor)
+    assert run(capfd, pair.command("-q"))[0] == 0
+
+
+# The same through a real process.
+
+
+def without_override():
+    """Give up root's privilege to read and write everything; a plain user has none to give up."""
+    import ctypes
+
+    if os.geteuid() == 0:
+        for capability in (1, 2):
+            if ctypes.CDLL(None).prctl(24, capability, 0, 0, 0):
+                raise OSError("the capability could not be dropped")
+
+
+def process(arguments, **more):
+    environment = {key: value for key, value in os.environ.items() if key != "GITHUB_ACTIONS"}
+    command = [sys.executable, "-m", "surgery", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=environment, check=False, **more
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["read", "write"])
+def test_a_missing_right_is_exit_5_in_a_real_process(pair, what):
+    place = pair.aligned / SHARD if what == "read" else pair.root
+    mode = place.stat().st_mode
+    place.chmod(0 if what == "read" else 0o555)
+    try:
+        done = process(pair.command("-q"), preexec_fn=without_override)
+    finally:
+        place.chmod(mode)
+    assert (done.returncode, done.stdout) == (5, ""), done.stderr
+    check_message(done.stderr, ["right to read" if what == "read" else "right"])
+    assert sorted(path.name for path in pair.root.iterdir()) == ["in"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nan_in_an_edited_tensor_of_base", "rank_is_0", "a_shard_is_truncated"])
+def test_bad_input_is_refused_the_same_way_in_a_real_process(pair, name):
+    code, words, spoil = CASES[name]
+    more = spoil(pair) or ()
+    before = snapshot(pair.root)
+    done = process(pair.command("-q", *more))
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    check_message(done.stderr, words)
+    assert snapshot(pair.root) == before
+
+
+@pytest.mark.slow
+def test_a_file_size_limit_met_half_way_is_a_full_disk(pair):
+    import resource
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    done = process(pair.command("-q"), preexec_fn=limit)
+    assert done.returncode == 4, done.stderr
+    check_message(done.stderr, ["out", "run the same command again"])
+    assert not pair.out.exists()
+    assert process(pair.command("-q")).returncode == 0
