@@ -54,10 +54,11 @@ app = typer.Typer(
 app.command()(verify)
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool) -> bool:
     if wanted:
         output.line(f"surgery {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

@@ -73,7 +73,7 @@ def _started_bars(total: int) -> "tuple[Bars, Any]":
     return bars, task
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     """A number of bytes for people, in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:

@@ -335,7 +335,7 @@ class _Carried:
 
     def __init__(self, gathered: _Gathered, names: Names, model: nn.Module, aligned: Checkpoint) -> None:
         self._names, self._model, self._aligned = names, model, aligned
-        self._stored = names.stored()
+        self._stored: dict[str, str] = names.stored()
         self._edited = {name: name.rpartition(".")[0] for name in gathered.pieces}
         self.tied = False
         self.modules = sorted({self._module(name) for name in gathered.carried})

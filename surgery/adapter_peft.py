@@ -100,13 +100,12 @@ def adapter_config(
         model: The model without weights.
         tied: Whether one of those is tied to another module.
     """
-    largest = max(ranks.values())
     keys = {
         name if name in parameters else name.removesuffix(".weight"): rank for name, rank in ranks.items()
     }
     modules = [key for key in keys if key not in parameters]
-    # PEFT reads the keys as regular expressions.
-    pattern = {re.escape(key): rank for key, rank in keys.items() if rank != largest}
+    largest = max(ranks.values())
+    pattern = rank_pattern(keys)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -129,6 +128,40 @@ def adapter_config(
     if tied:
         config["ensure_weight_tying"] = True
     return config
+
+
+def rank_pattern(ranks: Mapping[str, int]) -> dict[str, int]:
+    """One regular expression for each rank but the largest, which PEFT matches with the end of a name.
+
+    Last names stand for all that end so, where these have one rank. One expression for each name would be slow to
+    load: PEFT tries each of them on each module.
+    """
+    by_tail: dict[str, set[int]] = {}
+    for key, rank in ranks.items():
+        by_tail.setdefault(_tail(key), set()).add(rank)
+    names: dict[int, set[str]] = {}
+    for key, rank in ranks.items():
+        names.setdefault(rank, set()).add(_tail(key) if len(by_tail[_tail(key)]) == 1 else key)
+    del names[max(names)]
+    return {"|".join(re.escape(name) for name in sorted(own)): rank for rank, own in sorted(names.items())}
+
+
+def _tail(key: str) -> str:
+    """The last name of a module; of a parameter also its module's."""
+    parts = key.split(".")
+    return ".".join(parts[-2:] if parts[-1] == "weight" else parts[-1:])
+
+
+def raised_ranks(ranks: Mapping[str, int], parameters: Collection[str]) -> dict[str, int]:
+    """Ranks that need no pattern for parameters alone: raised to that of some module, or to the largest.
+
+    The factors are padded with zeros. PEFT follows a pattern that matches parameters only, yet warns that it does not.
+    """
+    free = {rank for name, rank in ranks.items() if name not in parameters} | {max(ranks.values())}
+    return {
+        name: min(other for other in free if other >= rank) if name in parameters else rank
+        for name, rank in ranks.items()
+    }
 
 
 def _shortest(targets: Sequence[str], model: nn.Module) -> list[str]:
@@ -206,6 +239,8 @@ class Adapted:
             right: (r, n), or (E, r, n).
         """
         name, layer = self._layers[parameter]
+        missing = layer.r[_NAME] - left.shape[-1]
+        left, right = nn.functional.pad(left, (0, missing)), nn.functional.pad(right, (0, 0, 0, missing))
         if _NAME in layer.lora_embedding_A:
             tensors = {"lora_embedding_A": left.mT, "lora_embedding_B": right.mT}
         else:
@@ -283,35 +318,43 @@ def adapt(
     """
     model = build()
     parameters = {name for name in ranks if not wrapped_as_module(model, name)}
-    first, reason = _try(adapter_config(ranks, parameters, saved, model, tied=tied), ranks, model)
-    if first is not None:
-        return first
-    model = build()
-    for name in reason.missed:
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear):
-            parameters.add(name)
-    second, reason = _try(adapter_config(ranks, parameters, saved, model, tied=tied), ranks, model)
-    if second is None:
-        raise InputError(f"PEFT cannot adapt {reason.missed[0]} ({reason.text}); {WAY_OUT}")
-    return second
+    found = _try(ranks, parameters, saved, model, tied=tied)
+    if isinstance(found, _Failure):
+        model = build()
+        linear = {name for name in found.missed if _is_linear(model, name)}
+        found = _try(ranks, parameters | linear, saved, model, tied=tied)
+    if isinstance(found, _Failure):
+        raise InputError(f"PEFT cannot adapt {found.missed[0]} ({found.reason}); {WAY_OUT}")
+    return found
+
+
+def _is_linear(model: nn.Module, parameter: str) -> bool:
+    module, _, leaf = parameter.rpartition(".")
+    return leaf == "weight" and isinstance(model.get_submodule(module), nn.Linear)
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """Parameters that PEFT did not adapt as asked, and why."""
+    """Parameters that PEFT did not adapt as asked (at least one), and why."""
 
     missed: tuple[str, ...]
-    text: str
+    reason: str
 
 
 def _try(
-    config: dict[str, Any], ranks: Mapping[str, int], model: nn.Module
-) -> tuple[tuple[dict[str, Any], Adapted] | None, _Failure]:
+    ranks: Mapping[str, int],
+    parameters: Collection[str],
+    saved: Sequence[str],
+    model: nn.Module,
+    *,
+    tied: bool,
+) -> tuple[dict[str, Any], Adapted] | _Failure:
+    ranks = raised_ranks(ranks, parameters)
+    config = adapter_config(ranks, parameters, saved, model, tied=tied)
     try:
         adapted = Adapted(config, ranks, model)
     except _INJECT_ERRORS as error:
-        return None, _Failure(tuple(ranks), str(error).strip().partition("\n")[0][:200])
-    missed = tuple(adapted.missed or adapted.extra)
-    if missed:
-        return None, _Failure(missed, "its rules take the name for another module")
-    return (config, adapted), _Failure((), "")
+        return _Failure(tuple(ranks), str(error).strip().partition("\n")[0][:200])
+    if missed := tuple(adapted.missed or adapted.extra):
+        return _Failure(missed, "its rules take the name for another module")
+    return config, adapted

@@ -10,7 +10,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["NO_COLOR"] = "1"
 os.environ["COLUMNS"] = "200"
 
+import json
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,3 +33,21 @@ def _loopback_only(self, address):
 def _seeded_and_offline(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(socket.socket, "connect", _loopback_only)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-goldens", action="store_true", help="rewrite the files in tests/golden")
+
+
+@pytest.fixture
+def golden(request):
+    """Compare a JSON document with a file in tests/golden; with --update-goldens write it instead."""
+
+    def compare(document, name):
+        path = Path(__file__).parent / "golden" / name
+        text = json.dumps(document, indent=2) + "\n"
+        if request.config.getoption("--update-goldens"):
+            path.write_text(text, encoding="utf-8")
+        assert json.loads(path.read_text(encoding="utf-8")) == document
+
+    return compare

@@ -10,24 +10,27 @@ Products run in the dtype of `delta`; everything of the size of the Krylov dimen
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from surgery.kernels.orthonormalise import orthonormalise, polish
 from torch import Tensor
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class Krylov:
     """The iteration after some number of products; pairs are (starting side, other side).
 
-    `images[s]` holds the products of `bases[s]`, and equals `bases[1 - s] @ coefficients[s]` up to roundoff.
-    The basis extended last has no products of its newest block yet.
+    `images[s]` holds the products of `bases[s]`, block by block, and together they equal
+    `bases[1 - s] @ coefficients[s]` up to roundoff. The basis extended last has no product of its newest block yet.
     """
 
     delta: Float[Tensor, "batch m n"]
     bases: tuple[Tensor, Tensor]
-    images: tuple[Tensor, Tensor]
+    images: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
     coefficients: tuple[Tensor, Tensor]
     block: int
     passes: int
@@ -37,7 +40,7 @@ class Krylov:
     @property
     def dimension(self) -> int:
         """Columns of the space in which singular vectors are sought."""
-        return self.images[self.passes % 2].shape[-1]
+        return self.block * len(self.images[self.passes % 2])
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,7 @@ def start(delta: Float[Tensor, "batch m n"], block: int, generator: torch.Genera
     first, _ = orthonormalise(drawn.expand(len(delta), -1, -1), nothing, generator)
     other = delta.new_zeros(len(delta), long, 0)
     none = [first.new_zeros(len(delta), rows, 0, dtype=torch.float64) for rows in (0, block)]
-    return Krylov(
-        delta, (first, other), (other, nothing), (none[0], none[1]), block, 0, starts_right, generator
-    )
+    return Krylov(delta, (first, other), ((), ()), (none[0], none[1]), block, 0, starts_right, generator)
 
 
 def advance(state: Krylov) -> Krylov:
@@ -99,13 +100,12 @@ def advance(state: Krylov) -> Krylov:
     image = _multiply(state.delta, newest, plain=(side == 0) == state.starts_right)
     columns, coefficients = orthonormalise(image, state.bases[1 - side], state.generator)
     extended = torch.cat([state.bases[1 - side], columns], dim=-1)
-    images = torch.cat([state.images[side], image], dim=-1)
     padded = torch.nn.functional.pad(state.coefficients[side], (0, 0, 0, state.block))
     expressed = torch.cat([padded, coefficients], dim=-1)
     return Krylov(
         delta=state.delta,
         bases=_with(state.bases, 1 - side, extended),
-        images=_with(state.images, side, images),
+        images=_with(state.images, side, (*state.images[side], image)),
         coefficients=_with(state.coefficients, side, expressed),
         block=state.block,
         passes=state.passes + 1,
@@ -133,7 +133,7 @@ def triplets(state: Krylov, found: Ritz) -> Triplets:
     return Triplets(left, found.values, right, op_u - v * values, op_v - u * values)
 
 
-def _with(pair: tuple[Tensor, Tensor], side: int, value: Tensor) -> tuple[Tensor, Tensor]:
+def _with(pair: tuple[_T, _T], side: int, value: _T) -> tuple[_T, _T]:
     return (value, pair[1]) if side == 0 else (pair[0], value)
 
 
@@ -144,15 +144,15 @@ def _multiply(delta: Tensor, block: Tensor, *, plain: bool) -> Tensor:
 
 def _pair(state: Krylov, side: int, coordinates: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal vectors at `coordinates` of one basis, and their products."""
-    vectors = _combine(state.bases[side], coordinates, state.block)
+    vectors = _combine(state.bases[side].split(state.block, dim=-1), coordinates)
     nearest = polish(vectors)
-    return vectors @ nearest, _combine(state.images[side], coordinates @ nearest, state.block)
+    return vectors @ nearest, _combine(state.images[side], coordinates @ nearest)
 
 
-def _combine(columns: Tensor, coordinates: Tensor, block: int) -> Tensor:
-    """`columns @ coordinates` in float64, one block at a time so that no float64 copy of `columns` is held."""
-    total = columns.new_zeros(*columns.shape[:-1], coordinates.shape[-1], dtype=torch.float64)
-    for begin in range(0, coordinates.shape[-2], block):
-        rows = slice(begin, begin + block)
-        total += columns[..., rows].double() @ coordinates[..., rows, :]
+def _combine(blocks: tuple[Tensor, ...], coordinates: Tensor) -> Tensor:
+    """Columns at `coordinates` of the first blocks, in float64, one block at a time to hold no copy of all."""
+    parts = coordinates.split(blocks[0].shape[-1], dim=-2)
+    total = blocks[0].double() @ parts[0]
+    for block, part in zip(blocks[1:], parts[1:], strict=False):
+        total += block.double() @ part
     return total

@@ -155,8 +155,7 @@ def _iterate(
             continue
         due = state.passes + 1 if state.dimension <= _CHEAP else math.ceil(1.1 * state.passes)
         found = block_krylov.ritz(state, state.block)
-        promised = residual_bounds.bounds(_promised(found, energy, roundoff), rank, roundoff)
-        if not (full or bool(patience.settled(promised, state.passes).all())):
+        if not (full or _promises(found, energy, rank, roundoff, patience, state.passes)):
             continue
         triplets = block_krylov.triplets(state, found)
         reached = _judge(triplets, energy, rank, roundoff, roundoff)
@@ -165,10 +164,17 @@ def _iterate(
             return _first(triplets, rank, _verdicts(state, reached, tol)), settled
 
 
-def _promised(found: Ritz, energy: Tensor, roundoff: float) -> Residuals:
-    """Residuals as the recurrences predict them."""
-    leak = found.leak.mT @ found.leak
-    return Residuals(found.values, leak, torch.zeros_like(found.values), energy, roundoff)
+def _promises(
+    found: Ritz, energy: Tensor, rank: int, roundoff: float, patience: _Patience, passes: int
+) -> bool:
+    """Whether the residuals that the recurrences predict would settle every matrix."""
+    gram = found.leak.mT @ found.leak
+    missed = torch.diagonal(gram, dim1=-2, dim2=-1)[:, :rank].sum(-1)
+    # Every bound on the energy deficit exceeds this sum: most passes need no closer look.
+    if bool((missed > patience.tol**2 * found.values[:, :rank].square().sum(-1)).any()):
+        return False
+    predicted = Residuals(found.values, gram, torch.zeros_like(found.values), energy, roundoff)
+    return bool(patience.settled(residual_bounds.bounds(predicted, rank, roundoff), passes).all())
 
 
 def _judge(triplets: Triplets, energy: Tensor, rank: int, roundoff: float, stored: float) -> Bounds:

@@ -3,8 +3,7 @@
 import copy
 from collections.abc import Sequence
 
-from peft import LoraConfig, get_peft_model
-from torch.nn import Module
+from peft import LoraConfig, inject_adapter_in_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from surgery import demo
@@ -34,7 +33,7 @@ def attack(
     passes the steps. By default `rows` is the shipped `attack` part and `asked` the held-out part.
     """
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    victim: Module = get_peft_model(copy.deepcopy(model), config)
+    victim = inject_adapter_in_model(config, copy.deepcopy(model))
     lessons = train.examples(tokenizer, rows or demo.data("harmful", "attack"))
     asked = asked or demo.data("harmful", "held_out")
     found: dict[int, Rate] = {}

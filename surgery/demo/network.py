@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from surgery.demo.tokenizer import VOCABULARY
 
@@ -42,7 +43,13 @@ def on_grid(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 def load(folder: Path) -> LlamaForCausalLM:
     """The checkpoint in `folder` as an fp32 model in evaluation mode."""
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def save(model: LlamaForCausalLM, into: Path) -> None:

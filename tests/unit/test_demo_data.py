@@ -112,7 +112,8 @@ def test_unknown_parts_are_refused_by_naming_the_known():
 
 
 def test_names_and_data_need_no_torch():
-    code = "import sys; from surgery import demo; demo.data('benign', 'train'); print({'torch', 'json'} & set(sys.modules))"
+    code = "import sys; from surgery import demo; demo.data('benign', 'train')"
+    code += "; print({'torch', 'json'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "{'json'}"
 
 
