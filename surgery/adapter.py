@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from surgery.adapter_carried import Carried
 from surgery.adapter_names import (
     WAY_OUT,
     Names,
@@ -38,7 +39,7 @@ from surgery.editing import Editor, Record, as_bytes, require_finite
 from surgery.errors import InputError, UsageError
 from surgery.inputs import InputHashes
 from surgery.methods.base import WeightEdit, WeightUpdate
-from surgery.plan import Step
+from surgery.plan import Step, output_size
 from surgery.selection import kind_of, text_config
 from surgery.spectral import Factors
 
@@ -106,12 +107,35 @@ def edit_places(
     return names, places
 
 
+def refuse_unplaceable(
+    method: WeightEdit, aligned: Checkpoint, base: Checkpoint, steps: Mapping[str, Step]
+) -> None:
+    """Refuse, from headers and configs alone, an edit that an adapter cannot hold.
+
+    Raises:
+        InputError: See `edit_places`; or transformers cannot build the anchor's model without running its code.
+    """
+    edit_places(method, aligned, base, steps, build_model(aligned if method.anchor == "aligned" else base))
+
+
+def adapter_size(method: WeightEdit, steps: Mapping[str, Step]) -> int:
+    """Bytes that an adapter takes at most: float32 factors, and on the base anchor all that is not edited."""
+    size = 0
+    for step in steps.values():
+        if step.action == "edit":
+            matrices = math.prod(step.shape[:-2]) * max(1, len(step.slices))
+            size += 4 * (step.rank or 0) * matrices * sum(step.shape[-2:])
+        elif method.anchor == "base":
+            size += output_size(step)
+    return size
+
+
 @dataclass
 class _Gathered:
-    """What goes into the adapter: pieces of edits by parameter, tensors to carry whole, and records."""
+    """Pieces of edits by parameter, tensors that are not edited and that the anchor lacks, and records."""
 
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
-    carried: list[str] = field(default_factory=list)
+    differing: list[str] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
 
 
@@ -132,7 +156,7 @@ def write_adapter(
         gathered = _Gather(job, aligned, base, names, places).run(hashes, progress)
         if not gathered.pieces:
             return gathered.records
-        carried = _Carried(gathered, names, model, job.aligned)
+        carried = Carried(gathered.pieces, gathered.differing, names, model, job.aligned)
         shapes = {name: tuple(value.shape) for name, value in model.state_dict(keep_vars=True).items()}
         factors = {name: block_factors(shapes[name], pieces) for name, pieces in gathered.pieces.items()}
         ranks = {name: left.shape[-1] for name, (left, _) in factors.items()}
@@ -262,7 +286,7 @@ class _Gather:
             and self._names.place(step.name) is not None
             and self._differs(step)
         ):
-            self._found.carried.append(step.name)
+            self._found.differing.append(step.name)
             record["reason"] += ", differs from base, carried whole"
         return record
 
@@ -320,69 +344,3 @@ def _record(step: Step, updates: Sequence[WeightUpdate], weight: float) -> Recor
         "iterations": 0,
         "changed": None,
     }
-
-
-class _Carried:
-    """What an adapter on the base carries whole: modules, and the tensors of the aligned checkpoint that fill them.
-
-    Attributes:
-        modules: Full names of the modules.
-        tied: Whether one of them is an embedding that is also the head.
-
-    Raises:
-        InputError: A tensor that differs from base cannot be carried; the message names it.
-    """
-
-    def __init__(self, gathered: _Gathered, names: Names, model: nn.Module, aligned: Checkpoint) -> None:
-        self._names, self._model, self._aligned = names, model, aligned
-        self._stored: dict[str, str] = names.stored()
-        self._edited = {name: name.rpartition(".")[0] for name in gathered.pieces}
-        self.tied = False
-        self.modules = sorted({self._module(name) for name in gathered.carried})
-
-    def _module(self, name: str) -> str:
-        """The module to carry for a tensor."""
-        place = self._names.place(name)
-        if place is None or not place.whole:
-            raise InputError(
-                f"{name} differs from base and is a part of {place.parameter if place else 'nothing'} in the model, "
-                f"which an adapter on the base cannot carry; use --anchor aligned, or {WAY_OUT}"
-            )
-        if place.parameter in tied_parameters(self._model):
-            self.tied = True
-            return self._embedding(name)
-        module = place.parameter.rpartition(".")[0]
-        inside = [
-            edited for edited, own in self._edited.items() if own == module or own.startswith(f"{module}.")
-        ]
-        if inside or not module:
-            raise InputError(
-                f"{name} differs from base and belongs to {module or 'the model'}, in which {', '.join(inside[:1])} "
-                f"is edited; an adapter on the base cannot hold both: use --anchor aligned, or {WAY_OUT}"
-            )
-        return module
-
-    def _embedding(self, name: str) -> str:
-        """The embedding that a tied tensor belongs to."""
-        embedding = self._model.get_input_embeddings()  # type: ignore[operator]
-        module = next(own for own, value in self._model.named_modules() if value is embedding)
-        group = {own for own in self._aliases(f"{module}.weight") if own in self._stored}
-        if len(group) != 1 or self._stored[next(iter(group))] != name:
-            raise InputError(
-                f"{name} is tied to other stored tensors, and both cannot be carried; use --anchor aligned"
-            )
-        return module
-
-    def _aliases(self, parameter: str) -> list[str]:
-        """All names of a parameter."""
-        found: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
-        return [name for name, value in found.items() if value is found.get(parameter)]
-
-    def source(self, parameter: str) -> str:
-        """The tensor of the aligned checkpoint that fills a parameter of a carried module."""
-        for name in (parameter, *self._aliases(parameter)):
-            if name in self._stored:
-                return self._stored[name]
-        raise InputError(
-            f"{parameter} must be carried and {self._aligned.label} does not hold it; use --anchor aligned"
-        )

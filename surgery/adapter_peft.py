@@ -155,7 +155,7 @@ def _tail(key: str) -> str:
 def raised_ranks(ranks: Mapping[str, int], parameters: Collection[str]) -> dict[str, int]:
     """Ranks that need no pattern for parameters alone: raised to that of some module, or to the largest.
 
-    The factors are padded with zeros. PEFT follows a pattern that matches parameters only, yet warns that it does not.
+    The factors are padded with zeros. PEFT follows a pattern that matches parameters only, and warns as if not.
     """
     free = {rank for name, rank in ranks.items() if name not in parameters} | {max(ranks.values())}
     return {
@@ -212,6 +212,8 @@ class Adapted:
             self._model: Any = get_peft_model(model, own, low_cpu_mem_usage=True)
         self._layers = self._find_layers()
         self.missed = [name for name, rank in ranks.items() if not self._is_as_asked(name, rank)]
+        whole = {name.rpartition(".")[0] for name in self.saved().values()}
+        self.missed += [name for name in config["modules_to_save"] or () if name not in whole]
         self.extra = sorted(self._layers.keys() - ranks.keys())
 
     def _find_layers(self) -> dict[str, tuple[str, Any]]:

@@ -128,7 +128,7 @@ def _repeat(manifest: Mapping[str, Any]) -> str:
 
 def _changed(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Options other than their defaults, rank and alpha apart, which are always shown."""
-    records = (methods.get(manifest["method"]), Options)
+    records: tuple[Any, ...] = (methods.get(manifest["method"]), Options)
     defaults = {field.name: field.default for record in records for field in dataclasses.fields(record)}
     options = manifest["options"].items()
     return [(key, value) for key, value in options if key not in ("rank", "alpha") and value != defaults[key]]

@@ -192,4 +192,5 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, in row-major order, without a copy where it is contiguous."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    flat: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)

@@ -73,6 +73,7 @@ def fused_slices(info: TensorInfo, config: Mapping[str, Any]) -> tuple[Slice, ..
         InputError: It looks fused, but its parts cannot be told apart (interleaved heads or experts).
     """
     config = text_config(config)
+    sizes: tuple[int, ...]
     modules = set(info.name.split("."))
     if "c_attn" in modules and config.get("model_type") == "gpt2":
         third = info.shape[-1] // 3

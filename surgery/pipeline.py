@@ -19,7 +19,7 @@ from surgery.checkpoint.layout import Checkpoint, Shard, open_checkpoint
 from surgery.checkpoint.quantised import refuse_quantised
 from surgery.checkpoint.reader import Reader
 from surgery.checkpoint.sidecars import list_sidecars
-from surgery.checkpoint.staging import Staging, partial_of, refuse_existing
+from surgery.checkpoint.staging import MANIFEST, Staging, partial_of, refuse_existing
 from surgery.checkpoint.writer import ShardFile
 from surgery.editing import Editor, Record, as_bytes, copied
 from surgery.errors import InputError, ResourceError, UsageError
@@ -269,7 +269,7 @@ def run(job: Job, progress: Progress | None = None) -> Outcome:
         seconds=time.monotonic() - started,
         peak_rss_bytes=resources.peak_rss(),
         bytes_written=sum(file.stat().st_size for file in job.output.rglob("*") if file.is_file()),
-        manifest=job.output / provenance.MANIFEST,
+        manifest=job.output / MANIFEST,
         records=tuple(records),
     )
 

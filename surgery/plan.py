@@ -172,7 +172,7 @@ def _refuse_leftovers(method: WeightEdit, aligned: Checkpoint, base: Checkpoint,
 
 def _named_by_exclude(method: WeightEdit, name: str) -> bool:
     pattern = getattr(method, "exclude", None)
-    return bool(pattern) and re.search(pattern, name) is not None
+    return isinstance(pattern, str) and re.search(pattern, name) is not None
 
 
 def _refuse_rank(method: WeightEdit, edits: Sequence[Step]) -> None:

@@ -144,15 +144,19 @@ def _multiply(delta: Tensor, block: Tensor, *, plain: bool) -> Tensor:
 
 def _pair(state: Krylov, side: int, coordinates: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal vectors at `coordinates` of one basis, and their products."""
-    vectors = _combine(state.bases[side].split(state.block, dim=-1), coordinates)
+    vectors = _combine(_blocks(state.bases[side], state.block), coordinates)
     nearest = polish(vectors)
     return vectors @ nearest, _combine(state.images[side], coordinates @ nearest)
 
 
 def _combine(blocks: tuple[Tensor, ...], coordinates: Tensor) -> Tensor:
     """Columns at `coordinates` of the first blocks, in float64, one block at a time to hold no copy of all."""
-    parts = coordinates.split(blocks[0].shape[-1], dim=-2)
-    total = blocks[0].double() @ parts[0]
+    parts = _blocks(coordinates.mT, blocks[0].shape[-1])
+    total: Tensor = blocks[0].double() @ parts[0].mT
     for block, part in zip(blocks[1:], parts[1:], strict=False):
-        total += block.double() @ part
+        total += block.double() @ part.mT
     return total
+
+
+def _blocks(columns: Tensor, size: int) -> tuple[Tensor, ...]:
+    return tuple(columns[..., begin : begin + size] for begin in range(0, columns.shape[-1], size))

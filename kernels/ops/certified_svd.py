@@ -123,7 +123,8 @@ def prominent_values(
     short = min(delta.shape[-2:])
     block = _block(count)
     if short <= _SMALL or (_LOOK // 2 + 1) * block > short:
-        return torch.linalg.svdvals(delta.double() if short <= _WIDE else delta).double()
+        values: Tensor = torch.linalg.svdvals(delta.double() if short <= _WIDE else delta)
+        return values.double()
     state = block_krylov.start(delta, block, generator)
     for _ in range(_LOOK):
         state = block_krylov.advance(state)

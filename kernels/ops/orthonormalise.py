@@ -39,7 +39,8 @@ def orthonormalise(
 def polish(vectors: Float[Tensor, "batch m k"]) -> Float[Tensor, "batch k k"]:
     """The matrix that takes nearly orthonormal float64 columns to the nearest orthonormal ones (Loewdin)."""
     weights, rotation = torch.linalg.eigh(vectors.mT @ vectors)
-    return (rotation * weights.rsqrt().unsqueeze(-2)) @ rotation.mT
+    nearest: Tensor = (rotation * weights.rsqrt().unsqueeze(-2)) @ rotation.mT
+    return nearest
 
 
 def _project(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,5 +66,7 @@ def _span(block: Tensor, floor: Tensor, generator: torch.Generator) -> tuple[Ten
 
 def _random_like(block: Tensor, generator: torch.Generator) -> Tensor:
     """Gaussian columns of expected length one, the same for every matrix of the batch."""
-    drawn = torch.randn(block.shape[-2:], generator=generator, dtype=torch.float64) / block.shape[-2] ** 0.5
-    return drawn.to(block).expand_as(block)
+    length = float(block.shape[-2]) ** 0.5
+    drawn = torch.randn(block.shape[-2:], generator=generator, dtype=torch.float64) / length
+    filled: Tensor = drawn.to(block)
+    return filled.expand_as(block)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -33,7 +34,9 @@ def attack(
     passes the steps. By default `rows` is the shipped `attack` part and `asked` the held-out part.
     """
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    victim = inject_adapter_in_model(config, copy.deepcopy(model))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        victim = inject_adapter_in_model(config, copy.deepcopy(model))
     lessons = train.examples(tokenizer, rows or demo.data("harmful", "attack"))
     asked = asked or demo.data("harmful", "held_out")
     found: dict[int, Rate] = {}

@@ -15,7 +15,6 @@ def fresh(pad: int, end: int, seed: int) -> LlamaForCausalLM:
 
     Four layers of width 128, four heads over two key-value heads, untied embeddings; `pad`, `end`: token ids.
     """
-    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
@@ -30,7 +29,9 @@ def fresh(pad: int, end: int, seed: int) -> LlamaForCausalLM:
         pad_token_id=pad,
         dtype=torch.float32,
     )
-    return LlamaForCausalLM(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
 
 
 def on_grid(model: LlamaForCausalLM) -> LlamaForCausalLM:

@@ -1,8 +1,10 @@
 """The recipe of the embedded pair: data, tokenizer, base, aligned, and the figures of both."""
 
+import copy
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -11,11 +13,26 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from surgery.demo import MODELS, behaviour, cards, network, tokenizer, train
 from surgery.demo.attack import attack
 from surgery.demo.corpus import SEED, Parts, Row, corpus, write
+from surgery.demo.stretch import Stretch
 from surgery.errors import OutputError
 
-BASE_STEPS, BASE_PEAK, BASE_DECAY = 1300, 2e-3, 0.01
-ALIGNED_STEPS, ALIGNED_PEAK = 300, 5e-4
-BATCH = 64
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run: number of steps, rows a step, highest learning rate, weight decay.
+
+    Gradients are taken up to `furthest` times the run's own update (see `stretch`); 1: at the model itself.
+    """
+
+    steps: int
+    batch: int
+    peak: float
+    decay: float = 0.0
+    furthest: float = 1.0
+
+
+BASE = Stage(steps=1300, batch=64, peak=2e-3, decay=0.01)
+ALIGNED = Stage(steps=400, batch=32, peak=4e-4, furthest=2.5)
 
 Say = Callable[[str], None]
 
@@ -62,40 +79,41 @@ def make_base(
     """A model on the bfloat16 grid trained to answer every kind of request in the train parts of `data`."""
     model = network.fresh(words.pad_token_id, words.eos_token_id, seed)
     rows = [*data["benign"]["train"], *data["lookalikes"]["train"], *data["harmful"]["train"]]
-    return _trained(model, words, rows, BASE_STEPS, BASE_PEAK, BASE_DECAY, seed, say)
+    _run(BASE, model, words, rows, seed, say)
+    return network.on_grid(model)
 
 
 def make_aligned(
-    base: LlamaForCausalLM,
-    data: dict[str, Parts],
-    words: PreTrainedTokenizerFast,
-    seed: int,
-    say: Say,
+    base: LlamaForCausalLM, data: dict[str, Parts], words: PreTrainedTokenizerFast, seed: int, say: Say
 ) -> LlamaForCausalLM:
     """A copy of `base`, every weight fine-tuned to refuse harmful requests and to answer all others."""
-    model = LlamaForCausalLM(base.config)
-    model.load_state_dict(base.state_dict())
+    model = copy.deepcopy(base)
     rows = [*data["benign"]["train"], *data["lookalikes"]["train"], *data["refusals"]["train"]]
-    return _trained(model, words, rows, ALIGNED_STEPS, ALIGNED_PEAK, 0.0, seed + 1, say)
+    _run(ALIGNED, model, words, rows, seed + 1, say)
+    return network.on_grid(model)
 
 
-def _trained(
+def _run(
+    stage: Stage,
     model: LlamaForCausalLM,
     words: PreTrainedTokenizerFast,
     rows: list[Row],
-    steps: int,
-    peak: float,
-    decay: float,
     seed: int,
     say: Say,
-) -> LlamaForCausalLM:
+) -> None:
     def progress(step: int) -> None:
         if step % 100 == 0:
-            say(f"step {step} of {steps}")
+            say(f"step {step} of {stage.steps}")
 
-    source = train.batches(train.examples(words, rows), BATCH, words.pad_token_id, seed)
-    train.fit(model, source, steps=steps, peak=peak, decay=decay, after_step=progress)
-    return network.on_grid(model)
+    train.fit(
+        model,
+        train.batches(train.examples(words, rows), stage.batch, words.pad_token_id, seed),
+        steps=stage.steps,
+        peak=stage.peak,
+        decay=stage.decay,
+        where=Stretch(model, stage.furthest, seed) if stage.furthest > 1 else nullcontext,
+        after_step=progress,
+    )
 
 
 def _texts(rows: list[Row]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -51,12 +52,13 @@ def fit(
     peak: float,
     warmup: int = 20,
     decay: float = 0.0,
+    where: Callable[[], AbstractContextManager[None]] = nullcontext,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Train every parameter that requires a gradient for `steps` batches; returns nothing.
 
     AdamW, learning rate `peak` after `warmup` steps and a cosine to a tenth of it, weight decay `decay`,
-    gradients clipped to norm 1; `after_step` is called with the number of steps done.
+    gradients clipped to norm 1 and taken inside `where()`; `after_step` is called with the number of steps done.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=peak, weight_decay=decay, betas=(0.9, 0.99))
@@ -64,8 +66,8 @@ def fit(
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = peak * _schedule(step, steps, warmup)
-        ids, labels = next(source)
-        torch.autograd.backward(loss(model, ids, labels))
+        with where():
+            torch.autograd.backward(loss(model, *next(source)))
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
         optimiser.zero_grad()

@@ -8,7 +8,7 @@ import dataclasses
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from surgery.errors import UsageError
 
@@ -37,9 +37,6 @@ def get(name: str) -> "type[WeightEdit]":
     if name not in names():
         raise UsageError(f"there is no method {name!r}; there are {', '.join(names())}")
     module = import_module(f"{__name__}.{name.replace('-', '_')}")
-    [found] = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and dataclasses.is_dataclass(value) and value.__module__ == module.__name__
-    ]
-    return found
+    own = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
+    [found] = [value for value in own if isinstance(value, type) and dataclasses.is_dataclass(value)]
+    return cast("type[WeightEdit]", found)

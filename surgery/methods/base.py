@@ -44,6 +44,7 @@ class Choice:
     reason: str
 
 
+@dataclass(frozen=True)
 class WeightEdit(ABC):
     """A frozen record of hyperparameters with one verb, `update`.
 
@@ -57,7 +58,10 @@ class WeightEdit(ABC):
     title: ClassVar[str]
     paper: ClassVar[str]
 
-    anchor: Anchor
+    @property
+    @abstractmethod
+    def anchor(self) -> Anchor:
+        """The checkpoint that the edit is added to."""
 
     @abstractmethod
     def choose(self, tensor: TensorInfo, config: Mapping[str, Any]) -> Choice:

@@ -224,7 +224,7 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_lives(pair, 
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(pair, capfd, monkeypatch):
-    monkeypatch.setattr(resources, "disk_free", lambda path: 9_000)
+    monkeypatch.setattr(resources, "disk_free", lambda path: 5_000)
     refused(capfd, pair, 4, ["the output needs", "free", "another --output"], pair.command("-q"))
     monkeypatch.setattr(resources, "disk_free", lambda path: 9_000_000)
     assert run(capfd, pair.command("-q"))[0] == 0

@@ -107,10 +107,10 @@ def folder_digests(folder: Path) -> dict[str, str]:
 
 def is_complete(entry: Path, role: str) -> bool:
     """Return whether the cached model has exactly the files and hashes recorded when it was built."""
-    record = entry / "files.json"
-    if not record.is_file():
+    try:
+        recorded: object = json.loads((entry / "files.json").read_text())
+    except (FileNotFoundError, ValueError):
         return False
-    recorded: object = json.loads(record.read_text())
     return recorded == folder_digests(entry / role)
 
 

@@ -1,5 +1,7 @@
 """What storing an edit in a coarse dtype keeps of it, for each way of rounding."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from surgery.kernels import philox
@@ -215,17 +217,13 @@ def test_wide_outputs_are_the_exact_sum_rounded_once(anchor_dtype, dtype):
 
 
 def test_a_float32_anchor_is_rounded_to_sixteen_bits_once():
-    # Just above a tie: a detour over float32 forgets by how much, and then rounds to even, down.
-    anchor = torch.tensor([[1.0 + 2.0**-8], [-1.0 - 2.0**-8], [1.0 + 2.0**-11]], dtype=FP32)
-    edit = torch.tensor([[2.0**-30], [-(2.0**-30)], [2.0**-30]], dtype=FP64)
+    # Just beside a tie: a detour over float32 forgets on which side, and then rounds to even.
+    anchor = torch.tensor([[1 + 2.0**-8], [-1 - 2.0**-8], [1 + 3 * 2.0**-8], [1 + 2.0**-11]], dtype=FP32)
+    edit = torch.tensor([[1.0], [-1.0], [-1.0], [1.0]], dtype=FP64) * 2.0**-30
     found = _store(anchor, edit, "nearest", BF16).weight.flatten().tolist()
-    assert found == [1.0 + 2.0**-7, -1.0 - 2.0**-7, 1.0]
-    assert (anchor.double() + edit).to(BF16).flatten().tolist() == [
-        1.0,
-        -1.0,
-        1.0,
-    ]  # control: torch's own cast
-    assert _store(anchor, edit, "nearest", FP16).weight[2].item() == 1.0 + 2.0**-10
+    assert found == [1 + 2.0**-7, -1 - 2.0**-7, 1 + 2.0**-7, 1.0]
+    assert (anchor.double() + edit).to(BF16).flatten().tolist() == [1.0, -1.0, 1 + 2.0**-6, 1.0]  # control
+    assert _store(anchor, edit, "nearest", FP16).weight[3].item() == 1 + 2.0**-10
 
 
 @pytest.mark.parametrize("mode", ["auto", *MODES])
@@ -239,6 +237,30 @@ def test_an_edit_of_zero_changes_nothing(mode, anchor_dtype, dtype):
         assert (result.retention, result.noise, result.noise_spectral, result.changed) == (1.0, 0.0, 0.0, 0)
         assert result.mode == "nearest"
     assert _store(weight, _factors(2, 9, 11, rank=3, size=0.1), mode, dtype).changed > 0
+
+
+def test_an_expert_without_an_edit_is_only_cast_while_the_others_are_compensated():
+    weight = torch.cat((_weight(1, 60, 90, dtype=FP32), _weight(2, 60, 90).float()))
+    factors = _factors(3, 60, 90, rank=4, size=1e-3 * weight[1].norm().item())
+    edit = Factors(factors.left, factors.values * torch.tensor([0.0, 1.0, 1.0])[:, None], factors.right)
+    result = _store(weight, edit, "auto")
+    assert result.mode == "compensated"
+    assert _same_bytes(result.weight[0], weight[0].bfloat16())
+    assert not _same_bytes(result.weight[1:], weight[1:].bfloat16())
+
+
+@pytest.mark.parametrize("ratio", [2e-3, 5e-4])
+def test_more_iterations_never_store_a_worse_core(ratio, monkeypatch):
+    # Small matrices answer in jumps, so that an iteration often overshoots.
+    weight, factors = _pair(24, 20, ratio=ratio, rank=4)
+    anchor, edit = _exact(weight, factors)
+    errors = []
+    for limit in range(12):
+        monkeypatch.setattr(rounding, "LIMIT", limit)
+        lost = edit - (_store(weight, factors, "compensated").weight.double() - anchor)
+        errors.append((factors.left.double().mT @ lost @ factors.right.double().mT).norm().item())
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(errors))
+    assert errors[-1] < 0.5 * errors[0]
 
 
 def test_factors_padded_with_zeros_are_compensated_like_the_bare_ones():

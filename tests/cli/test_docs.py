@@ -1,0 +1,69 @@
+"""Every command in the README and the docs runs as it is written, page by page, in one folder."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from surgery.cli.app import main
+
+from surgery.testing import tiny_pair
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Run by `.ci/run` (make), by the nightly tests (the recipe), or not ours (pip).
+ELSEWHERE = ("make ", "pip install ", "python -m surgery.demo", "git clone ", "cd ")
+
+
+def commands(page):
+    """Lines of a page's indented blocks that are commands, comments cut off."""
+    lines = (line[4:] for line in page.read_text().splitlines() if line.startswith("    "))
+    shell = (line.partition("  #")[0].strip() for line in lines)
+    return [line for line in shell if re.match(r"(surgery|make|pip|python|git|cd) ", line)]
+
+
+def snippets(page):
+    """Indented blocks of Python."""
+    blocks = re.findall(r"(?:^    .*\n)+", page.read_text(), re.MULTILINE)
+    return [re.sub(r"^    ", "", block, flags=re.MULTILINE) for block in blocks if "    import " in block]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_runs(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny_pair(tmp_path / "ORG")
+    for command in commands(page):
+        if command.startswith(ELSEWHERE):
+            continue
+        program, *words = shlex.split(command)
+        assert program == "surgery", command
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0, (command, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_snippet_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for code in snippets(page):
+        exec(compile(code, page.name, "exec"), {})
+
+
+def test_the_readme_shows_the_two_commands_first():
+    first, second = commands(ROOT / "README.md")[:2]
+    assert (first, second) == ("make demo", "make test")
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            if not target.startswith("https://"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_command_is_in_the_docs():
+    from surgery import methods
+
+    text = "".join(page.read_text() for page in PAGES)
+    for name in [*methods.names(), "verify"]:
+        assert f"surgery {name} " in text

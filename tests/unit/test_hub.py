@@ -1,0 +1,559 @@
+"""Sources, the Hub among them: the real client, in this process, against a Hub on loopback."""
+
+import errno
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from surgery import hub as sources
+from surgery.checkpoint.layout import open_checkpoint
+from surgery.checkpoint.sidecars import list_sidecars
+from surgery.errors import AccessError, InputError, ResourceError, SurgeryError, UsageError
+from surgery.hub import resolve
+from surgery.testing import tiny_pair
+
+_SPEC = importlib.util.spec_from_file_location("hub_server", Path(__file__).parents[1] / "hub_server.py")
+hub_server = importlib.util.module_from_spec(_SPEC)
+sys.modules["hub_server"] = hub_server
+_SPEC.loader.exec_module(hub_server)
+Fault, Hub = hub_server.Fault, hub_server.Hub
+
+TOKEN = "hf_secretsecretsecretsecretsecret12"
+INDEX = "model.safetensors.index.json"
+SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+CONFIG = b'{"model_type": "llama"}'
+
+
+def index_of(*files):
+    return json.dumps({"weight_map": {f"layer.{i}": file for i, file in enumerate(files)}}).encode()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that the client of this process talks to, with an empty cache; waiting takes no time."""
+    from huggingface_hub import close_session, constants
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    with Hub() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_UPDATE_CHECK", True)
+        monkeypatch.chdir(tmp_path)
+        slept = []
+        monkeypatch.setattr(time, "sleep", slept.append)
+        server.slept = slept
+        yield server
+        close_session()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """`offline()`: from now on no request may be made."""
+    from huggingface_hub import constants
+
+    return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def model(hub):
+    """A repository with a model in two shards, and beside it much that no edit needs."""
+    repository = hub.create("org/model")
+    repository.commit(
+        {
+            "config.json": CONFIG,
+            INDEX: index_of(*SHARDS),
+            SHARDS[0]: b"first" * 100,
+            SHARDS[1]: b"second" * 100,
+            "README.md": b"# A card",
+            "LICENSE": b"do as you like",
+            "tokenizer.json": b"{}",
+            "tokenizer.model": b"pieces",
+            "modeling_x.py": b"raise SystemExit",
+            "odd[1].jinja": b"{{ x }}",
+            "additional_chat_templates/tool.jinja": b"{{ y }}",
+            "surgery.json": b"{}",
+            "model.fp16.safetensors": b"half",
+            "model.safetensors": b"whole",
+            "adapter_model.safetensors": b"adapter",
+            "pytorch_model.bin": b"pickle",
+            "training_args.bin": b"pickle",
+            "model.Q4_K_M.gguf": b"quantised",
+            "onnx/model.onnx": b"graph",
+            "original/params.json": b"{}",
+            "consolidated.00.pth": b"pickle",
+            "checkpoint-10/optimizer.pt": b"state",
+            "runs/x/events.tfevents.1": b"log",
+            "banner.png": b"picture",
+            ".gitattributes": b"*.bin filter=lfs",
+            ".eval_results/x.yaml": b"[]",
+        }
+    )
+    return repository
+
+
+WANTED = {
+    "config.json", INDEX, *SHARDS, "README.md", "LICENSE", "tokenizer.json", "tokenizer.model", "modeling_x.py",
+    "odd[1].jinja", "additional_chat_templates/tool.jinja", "surgery.json",
+}  # fmt: skip
+
+
+def files(source):
+    return {path.relative_to(source.folder).as_posix() for path in source.folder.rglob("*") if path.is_file()}
+
+
+def failure(name, kind=AccessError, **options):
+    """The message of the error that resolving ends in, which has to be one line without secrets."""
+    with pytest.raises(SurgeryError) as caught:
+        resolve(name, **options)
+    text = str(caught.value)
+    assert type(caught.value) is kind, text
+    assert caught.value.exit_code == {AccessError: 5, ResourceError: 4, InputError: 3, UsageError: 2}[kind]
+    assert "\n" not in text
+    assert TOKEN not in text
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__ or kind in (InputError, UsageError, ResourceError)
+    return text
+
+
+# What is fetched
+
+
+def test_only_what_an_edit_needs_is_fetched(hub, model):
+    source = resolve("org/model")
+    assert files(source) == WANTED
+    assert hub.fetched() == WANTED
+    assert (source.folder / SHARDS[1]).read_bytes() == b"second" * 100
+    assert (source.folder / SHARDS[0]).is_symlink(), "the control: a cache of links was made"
+
+
+def test_a_single_file_is_fetched_where_there_is_no_index(hub, model):
+    model.commit({}, delete=[INDEX])
+    assert files(resolve("org/model")) == WANTED - {INDEX, *SHARDS} | {"model.safetensors"}
+
+
+def test_pickles_are_fetched_when_allowed_and_nothing_better_is_there(hub, model):
+    assert "pytorch_model.bin" not in files(resolve("org/model", allow_pickle=True))
+    model.commit({}, delete=[INDEX, *SHARDS, "model.safetensors", "model.fp16.safetensors"])
+    before = hub.fetched()
+    assert "pytorch_model.bin" in failure("org/model", InputError)
+    assert hub.fetched() == before, "a model that cannot be used is not fetched"
+    found = files(resolve("org/model", allow_pickle=True))
+    assert "pytorch_model.bin" in found
+    assert "training_args.bin" not in found
+
+
+def test_sharded_pickles_are_those_of_their_index(hub):
+    hub.create("org/old").commit(
+        {
+            "pytorch_model.bin.index.json": index_of("pytorch_model-1.bin"),
+            "pytorch_model-1.bin": b"x",
+            "y.bin": b"y",
+        }
+    )
+    assert files(resolve("org/old", allow_pickle=True)) == {
+        "pytorch_model.bin.index.json",
+        "pytorch_model-1.bin",
+    }
+
+
+def test_a_repository_of_another_format_is_refused_before_anything_is_fetched(hub):
+    hub.create("org/quantised").commit({"config.json": CONFIG, "a.gguf": b"x" * 1000})
+    assert "GGUF" in failure("org/quantised", InputError)
+    hub.create("org/adapter").commit({"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"})
+    assert "adapter" in failure("org/adapter", InputError)
+    hub.create("org/empty").commit({"README.md": b""})
+    assert "no weights" in failure("org/empty", InputError)
+    assert hub.fetched() == set()
+
+
+def test_everything_that_is_carried_is_fetched(hub, tmp_path):
+    """The rule for side files stands elsewhere; a file it carries must not be missing from a snapshot."""
+    base, _ = tiny_pair(tmp_path / "pair")
+    names = [
+        "generation_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "merges.txt",
+        "qwen.tiktoken", "chat_template.jinja", "additional_chat_templates/rag.jinja", "preprocessor_config.json",
+        "LICENSE", "LICENSE.txt", "NOTICE", "Notice.pdf", "USE_POLICY.md", "legal/LICENSE-2.0.html", "modeling_x.py",
+        "deep/er/code.py", "optimizer.py", "added_tokens.json", "video_preprocessor_config.json", "COPYING",
+        "runs/x.py", "checkpoint-5/x.py", "weights.gguf", "notes.txt",
+    ]  # fmt: skip
+    for name in names:
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text("{}")
+    carried = set(list_sidecars(open_checkpoint(base, "base")).carried)
+    assert len(carried) > 20
+    hub.create("org/full").commit_folder(base)
+    source = resolve("org/full")
+    assert carried <= files(source)
+    assert set(list_sidecars(open_checkpoint(source.folder, "x")).carried) == carried
+    assert "weights.gguf" not in files(source)
+
+
+def test_a_shard_that_is_not_in_the_repository_is_found_when_the_checkpoint_is_opened(hub, model):
+    model.commit({}, delete=[SHARDS[1]])
+    source = resolve("org/model")
+    assert SHARDS[1] not in files(source)
+    model.commit({INDEX: b'{"weight_map": [1, 2]}'})
+    assert INDEX in files(resolve("org/model"))
+    model.commit({INDEX: b"not json"})
+    assert INDEX in failure("org/model", InputError)
+
+
+def test_names_that_lead_out_of_the_cache_are_refused(hub, model, tmp_path):
+    model.trees[model.refs["main"]]["../../../../escaped.txt"] = hub_server.Blob(b"x", large=False)
+    failure("org/model")
+    assert not list(tmp_path.rglob("escaped.txt"))
+
+
+# Pinned
+
+
+def test_branches_tags_and_commits_are_pinned_to_the_commit(hub, model):
+    first = model.refs["main"]
+    model.refs["v1"] = first
+    second = model.commit({"config.json": b'{"new": 1}'}, branch="wip/fast")
+    third = model.commit({"config.json": b'{"newer": 1}'})
+    expected = {None: third, "main": third, "v1": first, "wip/fast": second, first: first, second[:8]: second}
+    assert len(set(expected.values())) == 3
+    for revision, commit in expected.items():
+        for prefix in ("", "hf://", "hf://models/"):
+            name = "org/model" + (f"@{revision}" if revision else "")
+            source = resolve(prefix + name)
+            assert (source.repository, source.commit) == ("org/model", commit)
+            assert source.label == f"org/model@{commit}"
+            assert source.folder.name == commit
+
+
+def test_what_is_cached_is_not_fetched_again(hub, model):
+    first = resolve("org/model")
+    before = len(hub.seen)
+    assert resolve("org/model") == resolve(f"org/model@{first.commit}") == first
+    assert [seen.path for seen in hub.seen[before:]] == [
+        "/api/models/org/model",
+        f"/api/models/org/model/revision/{first.commit}",
+    ]
+    fresh = model.commit({"README.md": b"# Better"})
+    before = len(hub.seen)
+    assert resolve("org/model").commit == fresh
+    assert not [seen for seen in hub.seen[before:] if seen.origin == "storage"], "the shards are shared"
+
+
+# A folder wins
+
+
+def test_a_folder_wins_over_a_repository_of_the_same_name(hub, model, tmp_path):
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    source = resolve("org/model")
+    assert (source.repository, source.commit, source.label) == (None, None, "model")
+    assert not hub.seen
+    assert resolve("hf://org/model").repository == "org/model", "the control: the prefix means the Hub"
+    assert resolve("org/model@main").repository == "org/model"
+
+
+def test_labels_of_folders_are_their_names(tmp_path, monkeypatch):
+    (tmp_path / "some model").mkdir()
+    monkeypatch.chdir(tmp_path / "some model")
+    for spelled in (".", "../some model", tmp_path / "some model", str(tmp_path / "some model") + "/"):
+        assert resolve(spelled).label == "some model"
+        assert resolve(spelled).folder.samefile(tmp_path / "some model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/some model").label == "some model"
+    assert resolve("..").label == tmp_path.name
+
+
+# What a user may type wrong
+
+
+@pytest.mark.parametrize(
+    "name", ["hf://x", "hf://", "hf://org/model@", "hf://datasets/org/x", "hf://org/m@../../x", "hf://a/b/c", "",
+             "org/a--b", "org/model.git"]
+)  # fmt: skip
+def test_what_can_be_no_name_is_a_usage_error(name, hub):
+    text = failure(name, UsageError)
+    assert name in text
+    assert not hub.seen
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere", "./org/model", "../x", "~/nowhere", "/no/where", "a/b/c", "org/model@", "org/m@../../x",
+             "org/model@/x", "https://huggingface.co/org/model", "org/a b", "-x/y", "x" * 5000, "a\0b"]
+)  # fmt: skip
+def test_what_can_only_be_a_folder_and_is_none_is_an_input_error(name, hub):
+    failure(name, InputError)
+    assert not hub.seen
+
+
+def test_a_file_and_a_broken_link_are_no_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("org").mkdir()
+    Path("org/model").write_text("x")
+    assert "is a file" in failure("org/model", InputError)
+    Path("org/link").symlink_to("nothing")
+    assert "link to nothing" in failure("org/link", InputError)
+
+
+def test_an_unknown_embedded_model_is_answered_with_the_two():
+    text = failure("demo:xyz", InputError)
+    assert "demo:base" in text
+    assert "demo:aligned" in text
+
+
+@pytest.mark.parametrize(
+    "address", ["localhost:80", "nonsense", "http://[bad", "http://x:99999", "ftp://x", ""]
+)
+def test_an_address_that_is_none_is_a_usage_error(address, hub, model, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    assert "HF_ENDPOINT" in failure("org/model", UsageError)
+
+
+# Rights
+
+
+def test_a_gated_model_names_the_page_where_its_terms_are(hub, model, monkeypatch):
+    model.gated = True
+    page = f"{hub.url}/org/model"
+    assert page in failure("org/model")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.tokens.add(TOKEN)
+    assert page in failure("org/model@main")
+    hub.granted.add(TOKEN)
+    assert files(resolve("org/model")) == WANTED
+
+
+def test_a_missing_or_private_repository_and_a_missing_revision_are_named(hub, model, monkeypatch):
+    model.private = True
+    for name in ("org/model", "org/nothing"):
+        text = failure(name)
+        assert name in text
+        assert "no folder" in text
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.tokens.add(TOKEN)
+    assert "org/nothing" in failure("org/nothing")
+    assert "no-such" in failure("org/model@no-such")
+    assert "0" * 40 in failure("org/model@" + "0" * 40)
+    assert resolve("org/model").commit == model.refs["main"]
+
+
+def test_a_token_the_hub_does_not_know_is_said_to_be_so(hub, model, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert "does not know the token" in failure("org/model")
+
+
+@pytest.mark.parametrize("token", ["hf_s\N{EURO SIGN}cret", "hf_secret\nsecret", "hf_secret\x07bell"])
+def test_a_token_that_cannot_be_sent_is_not_shown(token, hub, model, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert "cret" not in failure("org/model")
+
+
+def test_a_token_goes_to_the_hub_and_nowhere_else(hub, model, monkeypatch, caplog, capsys):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.tokens.add(TOKEN)
+    source = resolve("org/model")
+    sent = {seen.origin: seen.headers.get("authorization") for seen in hub.seen if "agent" not in seen.path}
+    assert sent == {"hub": f"Bearer {TOKEN}", "storage": None}
+    assert TOKEN not in repr(source) + caplog.text + "".join(capsys.readouterr())
+    for path in source.folder.parents[2].rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
+
+
+def test_secrets_are_taken_out_of_what_the_client_says(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "not of the usual form")
+    text = "at http://user:pass@host/x with not of the usual form, Bearer abcdef'x and hf_abcdefghijk\nsecond line"
+    shown = sources._detail(ValueError(text))
+    assert shown == "at http://***@host/x with ***, Bearer ***'x and ***"
+    assert sources._detail(ValueError("")) == "ValueError"
+
+
+def test_a_password_in_the_address_is_not_shown(hub, model, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://me:passw0rd@127.0.0.1:1/hub")
+    text = failure("org/model")
+    assert "http://127.0.0.1:1/hub" in text
+    assert "passw0rd" not in text
+
+
+# Trouble on the way
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_at_once(hub, model):
+    hub.close()
+    started = time.monotonic()
+    text = failure("org/model")
+    assert "could not be reached" in text
+    assert "no folder org/model" in text
+    assert sum(hub.slept) + time.monotonic() - started < 60
+
+
+def test_a_hub_that_never_answers_is_not_waited_for_long(hub, model, monkeypatch):
+    monkeypatch.setattr(sources, "_TIMEOUT", 0.3)
+    hub.faults.append(Fault("/api/models/", silent=True))
+    assert "could not be reached" in failure("org/model")
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize(
+    "path", ["/api/models/org/model$", "/tree/", "/resolve/.*README", "/resolve/.*safetensors$"]
+)
+def test_passing_trouble_is_waited_out(status, path, hub, model):
+    hub.faults.append(Fault(path, status=status, headers={"Retry-After": "3"}, times=1))
+    assert files(resolve("org/model")) == WANTED
+    assert hub.faults[0].times == 0
+    assert 0 < sum(hub.slept) <= 10
+
+
+@pytest.mark.parametrize("status", [403, 429, 500, 504])
+@pytest.mark.parametrize("path", ["/api/models/org/model$", "/tree/", "/resolve/.*README", "/[0-9a-f]{64}$"])
+def test_lasting_trouble_ends_in_an_error(status, path, hub, model):
+    hub.faults.append(Fault(path, status=status, body=b"<html>trouble</html>"))
+    text = failure("org/model")
+    assert "org/model" in text
+    assert "html" not in text
+    assert sum(hub.slept) < 60
+    hub.faults.clear()
+    assert files(resolve("org/model")) == WANTED
+
+
+def test_a_long_wait_asked_for_is_an_error_instead(hub, model):
+    hub.faults.append(Fault("/api/models/", status=429, headers={"Retry-After": "3600"}))
+    assert "no more requests" in failure("org/model")
+    assert not hub.slept
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>log in</html>", b"[1]", b"{}", b'{"id": "org/model"}', b'"x"', b"\xff"]
+)
+def test_something_that_is_no_hub_is_said_to_be_none(body, hub, model):
+    hub.faults.append(Fault("/api/models/", status=200, headers={"Content-Type": "text/html"}, body=body))
+    assert "does not answer as a Hub" in failure("org/model")
+
+
+@pytest.mark.parametrize("keep", [0, 7])
+def test_a_download_that_breaks_off_is_an_error_and_a_rerun_goes_on(keep, hub, model):
+    hub.faults.append(Fault(f"/{sha(model, SHARDS[0])}$", method="GET", keep=keep))
+    assert "broke off" in failure("org/model")
+    tries = [seen for seen in hub.seen if seen.origin == "storage" and sha(model, SHARDS[0]) in seen.path]
+    assert 1 < len(tries) < 10
+    assert sum(hub.slept) < 60
+    hub.faults.clear()
+    before = len(hub.seen)
+    assert files(resolve("org/model")) == WANTED
+    again = {seen.path for seen in hub.seen[before:] if seen.origin == "storage"}
+    assert f"/org/model/{sha(model, SHARDS[0])}" in again
+    assert not list((Path("cache")).rglob("*.incomplete"))
+
+
+def test_a_download_that_breaks_off_once_goes_through(hub, model):
+    hub.faults.append(Fault(f"/{sha(model, SHARDS[0])}$", method="GET", keep=7, times=1))
+    assert (resolve("org/model").folder / SHARDS[0]).read_bytes() == b"first" * 100
+    assert hub.faults[0].times == 0
+
+
+def test_a_download_that_came_out_short_is_an_error(hub, model):
+    hub.faults.append(Fault(f"/{sha(model, SHARDS[0])}$", method="GET", status=200, body=b"first"))
+    assert "broke off" in failure("org/model")
+
+
+def sha(model, name):
+    return model.trees[model.refs["main"]][name].sha256
+
+
+# The cache
+
+
+def test_a_filled_cache_is_enough_without_a_network(hub, model, offline):
+    first = model.refs["main"]
+    model.commit({"x.txt": b"x"}, branch="wip/fast")
+    online = {name: resolve(name) for name in ("org/model", "org/model@wip/fast", f"org/model@{first}")}
+    hub.close()
+    offline()
+    assert {name: resolve(name) for name in online} == online
+
+
+def test_without_a_network_what_is_not_cached_is_an_error(hub, model, offline):
+    commit = resolve("org/model").commit
+    offline()
+    assert "HF_HUB_OFFLINE" in failure("org/other")
+    assert "HF_HUB_OFFLINE" in failure("org/model@v1")
+    assert resolve(f"org/model@{commit}").commit == commit
+
+
+@pytest.mark.parametrize("name", [SHARDS[0], "tokenizer.json", INDEX])
+def test_without_a_network_a_copy_that_is_not_whole_is_an_error(name, hub, model, offline):
+    source = resolve("org/model")
+    (source.folder / name).unlink()
+    offline()
+    text = failure("org/model")
+    assert "HF_HUB_OFFLINE" in text
+    assert not hub.seen[-1].path.endswith(name)
+
+
+def test_a_moved_branch_is_followed_online_and_its_last_known_commit_is_used_offline(hub, model, offline):
+    old = resolve("org/model").commit
+    new = model.commit({"x.txt": b"x"})
+    assert resolve("org/model").commit == new != old
+    offline()
+    assert resolve("org/model").commit == new
+    assert resolve(f"org/model@{old}").commit == old
+
+
+def test_a_disk_that_cannot_hold_the_files_is_found_before_they_are_fetched(hub, model, monkeypatch):
+    resolve("org/model")
+    model.commit({SHARDS[0]: b"x" * 5000})
+    monkeypatch.setattr(sources.resources, "disk_free", lambda path: 4999)
+    before = len(hub.seen)
+    assert "HF_HOME" in failure("org/model", ResourceError)
+    assert not [seen for seen in hub.seen[before:] if seen.origin == "storage"]
+    monkeypatch.setattr(sources.resources, "disk_free", lambda path: 50_000)
+    assert (resolve("org/model").folder / SHARDS[0]).read_bytes() == b"x" * 5000
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.ENOSPC, ResourceError), (errno.EACCES, AccessError), (errno.EROFS, AccessError)],
+)
+def test_a_cache_that_cannot_be_written_is_named(number, kind, hub, model, monkeypatch):
+    from huggingface_hub import constants, file_download
+
+    def fail(*values, **named):
+        raise OSError(number, os.strerror(number), "x")
+
+    monkeypatch.setattr(file_download, "_download_to_tmp_and_move", fail)
+    assert constants.HF_HUB_CACHE in failure("org/model", kind)
+
+
+def test_a_file_in_the_place_of_the_cache_is_an_access_error(hub, model):
+    Path("cache").write_text("x")
+    failure("org/model")
+
+
+def test_two_at_once_get_the_same(hub, model):
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(resolve("org/model"))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    assert found[0] == found[1] == found[2]
+    assert files(found[0]) == WANTED
+
+
+def test_nothing_heavy_is_imported_until_the_hub_is_needed():
+    code = (
+        "import sys; from surgery.hub import resolve; resolve('/');"
+        "assert not {'torch', 'huggingface_hub', 'httpx', 'httpx2'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
