@@ -33,8 +33,9 @@ _BUILD_ERRORS = (
 )
 # Fields of a config that do not change the logits of the same weights for the same tokens.
 _INERT = frozenset(
-    ("_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "max_position_embeddings",
-     "pad_token_id", "torch_dtype", "transformers_version", "use_cache")
+    ("_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "id2label", "label2id",
+     "max_position_embeddings", "pad_token_id", "task_specific_params", "tokenizer_class", "torch_dtype",
+     "transformers_version", "use_cache")
 )  # fmt: skip
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 # Ways in which transformers makes one parameter of several tensors that blocks of factors can follow: rows on rows
@@ -115,15 +116,20 @@ def require_same_config(aligned: Checkpoint, base: Checkpoint) -> None:
         InputError: Naming the first such field.
     """
     one, other = (_flat(model_config(checkpoint).to_dict()) for checkpoint in (aligned, base))
+    # These two scale positions by the length that the config names.
+    stretched = any(
+        key.endswith("rope_type") and value in ("dynamic", "longrope") for key, value in one.items()
+    )
+    inert = _INERT - {"max_position_embeddings"} if stretched else _INERT
     for key in sorted(one.keys() | other.keys()):
-        if key.rpartition(".")[2] not in _INERT and one.get(key) != other.get(key):
+        if inert.isdisjoint(key.split(".")) and one.get(key) != other.get(key):
             raise InputError(
                 f"config.json has {key} = {one.get(key)} in the aligned checkpoint and {other.get(key)} in the base, "
                 f"which an adapter on the base cannot carry; use --anchor aligned, or {WAY_OUT}"
             )
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(config: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _REVISION = r"\w(?!.*\.\.)(?:[\w.+#=,/-]*[\w+#=-])?"
 _REPOSITORY = re.compile(rf"(?:hf://(?:models/)?)?(?P<repo>{_PART}/{_PART})(?:@(?P<revision>{_REVISION}))?")
+_FORMS = "a folder, ORG/NAME[@REVISION], demo:base or demo:aligned"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 # What no edit reads and no output carries; everything else is small. Weights are chosen by name.
@@ -90,23 +91,17 @@ def resolve(source: str | Path, *, allow_pickle: bool = False) -> Source:
     """
     text = str(source)
     if not text:
-        raise UsageError(
-            "a model's name is empty; give a folder, ORG/NAME[@REVISION], demo:base or demo:aligned"
-        )
+        raise UsageError(f"a model's name is empty; give {_FORMS}")
     if text.startswith("demo:"):
         return Source(text, demo.folder(text.removeprefix("demo:")))
     named = _REPOSITORY.fullmatch(text)
     if text.startswith("hf://"):
         if named is None:
-            raise UsageError(
-                f"{text} names no model on the Hub; write hf://ORG/NAME or hf://ORG/NAME@REVISION"
-            )
+            raise UsageError(f"{text} names no model on the Hub; write hf://ORG/NAME[@REVISION]")
     elif (folder := _local(text)) is not None:
         return folder
     if named is None:
-        raise InputError(
-            f"there is no folder {text}; give a folder, ORG/NAME[@REVISION], demo:base or demo:aligned"
-        )
+        raise InputError(f"there is no folder {text}; give {_FORMS}")
     return _Repository(named["repo"], named["revision"], allow_pickle).source()
 
 
@@ -116,7 +111,7 @@ def _local(text: str) -> Source | None:
         path = Path(os.path.expanduser(text))
         try:
             path.lstat()
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
         if not path.is_dir():
             raise InputError(f"{text} is a file or a link to nothing; a folder with a model is needed")
@@ -154,12 +149,11 @@ class _Repository:
             weights = {SINGLE if kind == "safetensors" else PICKLE_SINGLE}
             if indexed:
                 index = INDEX if kind == "safetensors" else PICKLE_INDEX
-                weights = _indexed(
-                    Path(hf_hub_download(self.name, index, revision=commit)), f"{label}/{index}"
-                )
+                path = hf_hub_download(self.name, index, revision=commit)
+                weights = _indexed(Path(path), f"{label}/{index}")
             files = _needed(sizes, weights)
             self._require_space({file: sizes[file] for file in files}, commit)
-            folder = snapshot_download(
+            found = snapshot_download(
                 self.name,
                 revision=commit,
                 allow_patterns=[glob.escape(file) for file in files],
@@ -167,8 +161,12 @@ class _Repository:
                 library_name="surgery",
                 library_version=__version__,
             )
-        _remember(Path(folder), self.revision or "main")
-        return Path(folder)
+        folder = Path(found)
+        # Where the listing cannot be had a second time, the client is content with what it has.
+        if lacking := [file for file in files if not (folder / file).is_file()]:
+            raise AccessError(f"the download of {self} broke off at {lacking[0]}; run the command again")
+        _remember(folder, self.revision or "main")
+        return folder
 
     def _listing(self) -> tuple[str, dict[str, int]]:
         """The commit a revision means, and the size of every file in it."""
@@ -204,11 +202,10 @@ class _Repository:
 
         ignored = [*_NEVER_FETCHED, *_WEIGHTS]
         with _plain_errors(self, begun=False):
-            folder = Path(
-                snapshot_download(
-                    self.name, revision=self.revision, local_files_only=True, ignore_patterns=ignored
-                )
+            found = snapshot_download(
+                self.name, revision=self.revision, local_files_only=True, ignore_patterns=ignored
             )
+        folder = Path(found)
         if lacking := _lacking(folder, f"{self.name}@{folder.name}", allow_pickle=self.allow_pickle):
             raise AccessError(f"the cached copy of {self} has no {lacking}; unset HF_HUB_OFFLINE to fetch it")
         return folder
@@ -269,7 +266,7 @@ def _bars() -> Any:
     class Bars(tqdm):
         def __init__(self, *values: Any, **named: Any) -> None:
             hidden = named.pop("disable", False) or not sys.stderr.isatty() or bool(os.environ.get("CI"))
-            super().__init__(*values, disable=hidden, **named)  # type: ignore[no-untyped-call]
+            super().__init__(*values, disable=hidden, **named)
 
     return Bars
 

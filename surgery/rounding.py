@@ -78,8 +78,8 @@ def store(
 ) -> Stored:
     """`anchor + edit` in `dtype`, with one rounding at the end, and how much of the edit that kept.
 
-    The sum is taken in float32, or in float64 if `anchor` or `dtype` is wider than 16 bits. Memory: the output and a
-    few tiles. An edit of zero gives `anchor` in `dtype`.
+    The sum is taken in float32, or in float64 if `anchor`, `dtype` or a dense `edit` is wider than 16 bits.
+    Memory: the output and a few tiles. An edit of zero gives `anchor` in `dtype`.
 
     Args:
         anchor: One matrix, or a batch of them (experts).
@@ -129,12 +129,11 @@ def _label(dtype: torch.dtype) -> str:
 
 
 def _edit(edit: Factors | Tensor, flat: Tensor, dtype: torch.dtype) -> AbstractEdit:
-    kind = wide(flat.dtype, dtype)
     if isinstance(edit, Tensor):
-        return Dense(edit.reshape(flat.shape), kind)
+        return Dense(edit.reshape(flat.shape), wide(flat.dtype, dtype, edit.dtype))
     k = edit.values.shape[-1]
     left, right = edit.left.reshape(-1, flat.shape[1], k), edit.right.reshape(-1, k, flat.shape[2])
-    return LowRank(left, edit.values.reshape(-1, k), right, kind)
+    return LowRank(left, edit.values.reshape(-1, k), right, wide(flat.dtype, dtype))
 
 
 def _fill(
@@ -216,7 +215,7 @@ def _judge(
     words: tuple[int, int],
 ) -> Stored:
     seed = words[0] | words[1] << 31
-    noise_energy, largest = norms(job.noise(), job.anchor.shape, job.dtype, seed)
+    noise_energy, largest = norms(job.noise(), job.anchor.shape, job.edit.dtype, seed)
     edit_energy, inner = float(energy.sum()), float((job.edit.core * found).sum())
     return Stored(
         weight=job.out.view(shape),

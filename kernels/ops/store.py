@@ -94,6 +94,8 @@ class AbstractEdit(ABC):
 
     core: Float64[Tensor, "batch k k"]
     target: Float64[Tensor, "batch k k"]
+    dtype: torch.dtype
+    """The dtype sums are taken in."""
 
     @abstractmethod
     def scaled(self, core: Float64[Tensor, "batch k k"]) -> Float[Tensor, "batch a b"]:
@@ -118,6 +120,7 @@ class LowRank(AbstractEdit):
     """`left @ diag(values) @ right`, with orthonormal (batch, m, k) and (batch, k, n) outer factors."""
 
     def __init__(self, left: Tensor, values: Tensor, right: Tensor, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self._left, self._right = left.double(), right.to(dtype)
         self.core = torch.diag_embed(values.double())
         double = right.double()
@@ -145,7 +148,7 @@ class Dense(AbstractEdit):
     """An edit of full rank: its core is one number, the length along the edit's own direction."""
 
     def __init__(self, edit: Tensor, dtype: torch.dtype) -> None:
-        self._edit, self._dtype = edit, dtype
+        self._edit, self.dtype = edit, dtype
         energy = edit.new_zeros(edit.shape[0], dtype=torch.float64)
         for at in tiles(edit.shape):
             energy[at[0]] += edit[at].double().square().sum((-2, -1))
@@ -154,11 +157,11 @@ class Dense(AbstractEdit):
 
     def scaled(self, core: Tensor) -> Tensor:
         """The gain: 1 for the edit as intended."""
-        return (core / self._length).to(self._dtype)
+        return (core / self._length).to(self.dtype)
 
     def add(self, weight: Tensor, scaled: Tensor, at: Tile) -> Tensor:
         """`weight + gain * edit`."""
-        return torch.addcmul(weight, self._edit[at].to(self._dtype), scaled[at[0]])
+        return torch.addcmul(weight, self._edit[at].to(self.dtype), scaled[at[0]])
 
     def project(self, stored: Tensor, at: Tile) -> Tensor:
         """`<stored, edit> / ||edit||`."""
@@ -166,7 +169,7 @@ class Dense(AbstractEdit):
 
     def spectral(self, seed: int) -> Tensor:
         """By the same estimate as the noise."""
-        return norms(lambda at: self._edit[at].to(self._dtype), self._edit.shape, self._dtype, seed)[1]
+        return norms(lambda at: self._edit[at].to(self.dtype), self._edit.shape, self.dtype, seed)[1]
 
 
 @dataclass(frozen=True)
@@ -177,11 +180,6 @@ class Pass:
     edit: AbstractEdit
     out: Tensor
     rounder: Rounder = nearest
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype sums are taken in."""
-        return wide(self.anchor.dtype, self.out.dtype)
 
     def write(
         self, core: Float64[Tensor, "batch k k"], active: Bool[Tensor, " batch"]
@@ -195,10 +193,10 @@ class Pass:
         for at in tiles(self.anchor.shape):
             if not active[at[0]].any():
                 continue
-            weight = self.anchor[at].to(self.dtype)
+            weight = self.anchor[at].to(self.edit.dtype)
             target, first = self.edit.add(weight, scaled, at), (at[0].start * m + at[1].start) * n
             self.out[at] = self.rounder(target, self.out.dtype, first)
-            found[at[0]] += self.edit.project(self.out[at].to(self.dtype) - weight, at)
+            found[at[0]] += self.edit.project(self.out[at].to(self.edit.dtype) - weight, at)
         return found
 
     def noise(self) -> Callable[[Tile], Tensor]:
@@ -206,7 +204,7 @@ class Pass:
         scaled = self.edit.scaled(self.edit.core).neg_()
 
         def tile(at: Tile) -> Tensor:
-            stored = self.out[at].to(self.dtype) - self.anchor[at].to(self.dtype)
+            stored = self.out[at].to(self.edit.dtype) - self.anchor[at].to(self.edit.dtype)
             return self.edit.add(stored, scaled, at)
 
         return tile

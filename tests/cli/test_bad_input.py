@@ -349,7 +349,10 @@ def aligned_is_an_adapter(pair):
 
 def spoiled_value(name, value):
     def change(found):
-        return {**found, name: found[name].view(-1).index_fill(0, torch.tensor([5]), value).view_as(found[name])}
+        return {
+            **found,
+            name: found[name].view(-1).index_fill(0, torch.tensor([5]), value).view_as(found[name]),
+        }
 
     return lambda found: change(found) if name in found else found
 

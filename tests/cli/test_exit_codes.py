@@ -201,7 +201,8 @@ SIDED = (
 
 @pytest.mark.parametrize(
     ("spoil", "side"),
-    [(spoil, "aligned") for spoil in ALONE] + [(spoil, side) for spoil in SIDED for side in ("aligned", "base")],
+    [(spoil, "aligned") for spoil in ALONE]
+    + [(spoil, side) for spoil in SIDED for side in ("aligned", "base")],
 )
 def test_an_output_that_cannot_be_is_refused_and_nothing_is_touched(pair, capfd, spoil, side):
     words, more = spoil(pair, side)
@@ -237,7 +238,9 @@ def test_too_little_memory_is_refused_before_anything_is_written(pair, capfd, mo
 
 def test_memory_that_runs_out_half_way_is_told_and_the_run_can_go_on(pair, capfd, monkeypatch):
     whole = shutil.copytree(pair.root / "in", pair.root / "second")
-    assert run(capfd, ["lox", whole / "base", whole / "aligned", "--rank", "3", "-o", pair.root / "ref"])[0] == 0
+    assert (
+        run(capfd, ["lox", whole / "base", whole / "aligned", "--rank", "3", "-o", pair.root / "ref"])[0] == 0
+    )
     edit = pipeline.Editor.edit
     calls = []
 
@@ -245,7 +248,9 @@ def test_memory_that_runs_out_half_way_is_told_and_the_run_can_go_on(pair, capfd
         calls.append(step)
         if len(calls) == 4:
             # As torch's allocator words it.
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.")
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."
+            )
         return edit(self, step)
 
     with monkeypatch.context() as short:
@@ -291,7 +296,9 @@ def filling_disk(monkeypatch, room):
 
 
 @pytest.mark.parametrize("room", [0, 3_000, 6_000, 8_200, 9_000, 11_500])
-def test_a_disk_that_fills_half_way_is_told_and_the_same_command_finishes_later(pair, capfd, monkeypatch, room):
+def test_a_disk_that_fills_half_way_is_told_and_the_same_command_finishes_later(
+    pair, capfd, monkeypatch, room
+):
     before = snapshot(pair.root / "in")
     with monkeypatch.context() as full:
         filling_disk(full, room)
@@ -333,7 +340,7 @@ def test_a_file_that_may_not_be_read_is_named(pair, capfd, monkeypatch, side, fi
 
 def test_a_repository_that_cannot_be_reached_is_exit_5(pair, capfd):
     arguments = ["lox", "nobody/nothing", str(pair.aligned), "-o", str(pair.out)]
-    refused(capfd, pair, 5, ["nobody/nothing", "check"], arguments)
+    refused(capfd, pair, 5, ["nobody/nothing", "unset it"], arguments)
 
 
 # What a run may come to.
@@ -435,7 +442,9 @@ def test_a_traceback_is_shown_only_when_asked_for(pair, monkeypatch):
         main(pair.command("--rank", "0"))
 
 
-@pytest.mark.parametrize("name", ["with space", "line\nbreak", "Größe", b"al\xff".decode("utf-8", "surrogateescape")])
+@pytest.mark.parametrize(
+    "name", ["with space", "line\nbreak", "Größe", b"al\xff".decode("utf-8", "surrogateescape")]
+)
 def test_a_folder_of_any_name_is_edited(pair, capfd, name):
     folder = pair.aligned.rename(pair.aligned.with_name(name))
     code, _, err = run(capfd, ["lox", pair.base, folder, "--rank", "3", "-o", pair.out])

@@ -20,7 +20,14 @@ from surgery.checkpoint.staging import partial_of
 from surgery.errors import InputError, Interrupted, UsageError
 from surgery.methods.lox import LoX
 from surgery.options import Options
-from surgery.testing import perturbed_copy, read_tensors, tiny_model, tiny_pair, write_checkpoint
+from surgery.testing import (
+    ARCHITECTURES,
+    perturbed_copy,
+    read_tensors,
+    tiny_model,
+    tiny_pair,
+    write_checkpoint,
+)
 
 pytestmark = [
     # PEFT 0.21 reads an attribute that transformers 5.23 renamed.
@@ -41,7 +48,7 @@ def write(base, aligned, output, **settings):
         base=base,
         model=aligned,
         output=output,
-        options=Options(as_lora=True, **(model_options or {})),
+        options=Options(as_lora=True),
     )
 
 
@@ -125,6 +132,32 @@ def test_a_float32_pair_with_capped_ranks_is_exact(tmp_path):
     assert ranks == {1, 4, 6}
     wanted = reference(base, aligned, outcome, tmp_path / "wanted")
     assert_adapter_is_the_edit(aligned, wanted, tmp_path / "out")
+
+
+OTHERS = {
+    # A dense layer beside experts: PEFT takes its gate_proj for a part of the fused experts unless told otherwise.
+    "qwen3_moe": {**ARCHITECTURES["qwen3_moe"], "mlp_only_layers": [0]},
+    # Experts stored transposed, with biases of two dimensions.
+    "gpt_oss": {**ARCHITECTURES["mixtral"], "head_dim": 12, "layer_types": ["sliding_attention", "full_attention"]},
+    # An embedding that shifts its positions.
+    "opt": {
+        "vocab_size": 128, "hidden_size": 48, "word_embed_proj_dim": 48, "ffn_dim": 80, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "tie_word_embeddings": False,
+    },
+    # An embedding that scales what it looks up.
+    "gemma3_text": {**ARCHITECTURES["llama"], "head_dim": 12, "pad_token_id": 0},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_modules_that_peft_has_no_exact_layer_for_are_exact_too(tmp_path, architecture, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, architecture, OTHERS[architecture])
+    base, aligned = tiny_pair(tmp_path, architecture)
+    outcome = write(base, aligned, tmp_path / "out")
+    wanted = reference(base, aligned, outcome, tmp_path / "wanted")
+    assert_adapter_is_the_edit(aligned, wanted, tmp_path / "out")
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["target_parameters"]
 
 
 def renamed(folder, target, change):
@@ -391,3 +424,17 @@ def test_an_edit_of_a_tied_embedding_is_refused_where_it_was_not_left_out(tmp_pa
     with pytest.raises(InputError, match=r"embed_tokens\.weight shares its memory"):
         adapter.refuse_unplaceable(LoX(), job.aligned, job.base, steps)
     adapter.refuse_unplaceable(job.method, job.aligned, job.base, job.plan.steps)  # control
+
+
+def test_the_size_told_beforehand_is_what_the_tensors_take(tmp_path):
+    base, aligned = tiny_pair(tmp_path, "mixtral", fused=True)
+    job = pipeline.prepare(
+        LoX(), base=base, model=aligned, output=tmp_path / "out", options=Options(as_lora=True)
+    )
+    pipeline.run(job)
+    written = load_file(tmp_path / "out/adapter_model.safetensors")
+    edits = {step.name: step for step in job.plan.edits}
+    # The router's rank is raised from 4 to that of the other matrices.
+    padding = sum(4 * 2 * sum(step.shape) for name, step in edits.items() if name.endswith("gate.weight"))
+    found = sum(tensor.nbytes for tensor in written.values())
+    assert found == adapter.adapter_size(LoX(), job.plan.steps) + padding

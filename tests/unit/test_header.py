@@ -1,4 +1,5 @@
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -139,13 +140,18 @@ def test_an_absurd_length_is_refused_before_it_is_allocated(tmp_path):
 
 
 def test_a_missing_file_a_folder_and_a_pipe_are_input_errors(tmp_path):
-    import os
-
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for name in ("missing", ".", "pipe", "link", "loop"):
-        with pytest.raises(InputError):
+    found = {
+        "missing": "missing",
+        ".": "not a regular file",
+        "pipe": "not a regular file",
+        "link": "link to nothing",
+        "loop": "cannot be read",
+    }
+    for name, pattern in found.items():
+        with pytest.raises(InputError, match=pattern):
             read_header(tmp_path / name, name)
 
 
