@@ -78,7 +78,7 @@ def adapter_method(method: _Method, aligned: Checkpoint) -> tuple[_Method, str]:
         f"{aligned.label} ties its embeddings to its head, and an adapter on a tied embedding is not the merged "
         "model: embeddings, head and routers are not edited (--edit linear)"
     )
-    values = {entry.name: getattr(method, entry.name) for entry in dataclasses.fields(method)}  # type: ignore[arg-type]
+    values = {entry.name: getattr(method, entry.name) for entry in dataclasses.fields(method)}
     return type(method)(**{**values, "edit": "linear"}), note
 
 

@@ -152,7 +152,10 @@ def _refuse_paths(sources: Mapping[str, Source], output: Path) -> None:
     """Refuse an edit of a model by itself, and an output that lies in an input or the other way round."""
     folders = {role: source.folder.resolve() for role, source in sources.items()}
     if folders["base"] == folders["aligned"]:
-        raise InputError(f"base and aligned are both {sources['base'].label}; their difference would be zero; give the checkpoint before alignment as BASE")
+        raise InputError(
+            f"base and aligned are both {sources['base'].label}, so their difference would be zero; "
+            "give the checkpoint before alignment as BASE"
+        )
     target = output.absolute().resolve()
     for role, folder in folders.items():
         if target == folder or folder in target.parents or target in folder.parents:

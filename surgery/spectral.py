@@ -134,7 +134,7 @@ def truncated_svd(
 
 
 def automatic_rank(
-    delta: Float[Tensor, "m n"],
+    delta: Float[Tensor, "*batch m n"],
     *,
     max_rank: int,
     seed: int,
@@ -149,8 +149,10 @@ def automatic_rank(
     level is what the kept part leaves of the squared Frobenius norm over its (m - k)(n - k) degrees of
     freedom; both are repeated from k = 0 until k stands still.
 
+    Each matrix of a batch gets a rank of its own; its factors beyond that are zero.
+
     Args:
-        delta: One matrix, float32 or float64.
+        delta: One matrix or a batch of them, float32 or float64.
         max_rank: Largest rank to return, at least 1; capped at min(m, n). The smallest is 1, also for pure noise.
         seed: As in `truncated_svd`, like `name`, `tol` and `method`.
         name: The tensor's name.
@@ -158,23 +160,53 @@ def automatic_rank(
         method: "certified" or "exact".
 
     Raises:
-        UsageError: As `truncated_svd`, or `delta` is a batch.
+        UsageError: As `truncated_svd`, or `max_rank` is below 1.
         InputError: As `truncated_svd`.
     """
-    if delta.dim() != 2 or max_rank < 1:
-        raise UsageError(
-            f"{name}: the automatic rank needs one matrix and a largest rank of at least 1, "
-            f"got shape {tuple(delta.shape)} and {max_rank}"
-        )
-    cap = min(max_rank, *delta.shape)
+    if max_rank < 1:
+        raise UsageError(f"{name}: the largest automatic rank must be at least 1, got {max_rank}")
+    cap = min(max_rank, *delta.shape[-2:])
     _check(delta, cap, name, tol, method)
-    matrices, _, energy = _rescaled(delta.detach()[None], name)
-    look = rank = 0
-    while rank >= look < cap:
+    ranks = _ranks_above_noise(delta, cap, seed, name)
+    if len(set(ranks)) == 1:
+        return truncated_svd(delta, ranks[0], seed=seed, name=name, tol=tol, method=method)
+    groups = {rank: [i for i, own in enumerate(ranks) if own == rank] for rank in sorted(set(ranks))}
+    parts = [
+        (members, truncated_svd(delta[members], rank, seed=seed, name=name, tol=tol, method=method))
+        for rank, members in groups.items()
+    ]
+    return _assembled(parts, delta, max(ranks))
+
+
+def _ranks_above_noise(delta: Tensor, cap: int, seed: int, name: str) -> list[int]:
+    """The automatic rank of each matrix; more values are looked at while any matrix has all of them above noise."""
+    matrices, _, energy = _rescaled(delta.detach().reshape(-1, *delta.shape[-2:]), name)
+    look, ranks = 0, [0]
+    while max(ranks) >= look < cap:
         look = min(cap, max(_FIRST_LOOK, 2 * look))
-        values = certified_svd.prominent_values(matrices, look, _generator(seed, name))[0].tolist()
-        rank = _rank_above_noise(values, float(energy), look, *delta.shape)
-    return truncated_svd(delta, rank, seed=seed, name=name, tol=tol, method=method)
+        values = certified_svd.prominent_values(matrices, look, _generator(seed, name)).tolist()
+        pairs = zip(values, energy.tolist(), strict=True)
+        ranks = [_rank_above_noise(own, total, look, *delta.shape[-2:]) for own, total in pairs]
+    return ranks
+
+
+def _assembled(parts: list[tuple[list[int], Spectrum]], delta: Tensor, width: int) -> Spectrum:
+    """The decomposition of a batch from those of its parts, factors padded with zeros to `width`."""
+    batch, m, n = delta.shape
+    whole = Factors(
+        delta.new_zeros(batch, m, width), delta.new_zeros(batch, width), delta.new_zeros(batch, width, n)
+    )
+    certificates: dict[int, Certificate] = {}
+    energy: dict[int, float] = {}
+    for members, part in parts:
+        rank = part.factors.rank
+        whole.left[members, :, :rank] = part.factors.left
+        whole.values[members, :rank] = part.factors.values
+        whole.right[members, :rank] = part.factors.right
+        certificates.update(zip(members, part.certificates, strict=True))
+        energy.update(zip(members, part.energy, strict=True))
+    ordered = range(batch)
+    return Spectrum(whole, tuple(certificates[i] for i in ordered), tuple(energy[i] for i in ordered))
 
 
 def hard_threshold(m: int, n: int) -> float:

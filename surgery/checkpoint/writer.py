@@ -39,6 +39,7 @@ class ShardFile:
         self._expected = size
         self._hash = hashlib.sha256()
         self._size = 0
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by __exit__
         self.write(memoryview(header))
 

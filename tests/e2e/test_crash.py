@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -239,7 +238,7 @@ def test_a_signal_ends_a_run_with_its_code_and_the_run_can_go_on(large, nursery,
 
 
 @pytest.mark.slow
-def test_another_seed_of_the_same_size_is_seen_by_the_hashes(large, nursery, whole, tmp_path):
+def test_other_weights_are_seen_by_the_hashes(large, nursery, whole, tmp_path):
     assert nursery.run(*command(large, tmp_path / "out", "--alpha", "1.25")) == 0
     found = hashes(tmp_path / "out")
     assert found.keys() == whole[0].keys()
@@ -249,7 +248,7 @@ def test_another_seed_of_the_same_size_is_seen_by_the_hashes(large, nursery, who
 # The same in this process, stopped after a given number of shards.
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - it stands for no error of ours
     """Stands for a crash: nothing of the run's own is executed after it."""
 
 
@@ -539,6 +538,6 @@ def test_two_runs_at_once_do_not_share_an_output(small, tmp_path):
     assert hashes(tmp_path / "out") == hashes(apply(small, tmp_path / "whole"))
 
 
-def test_the_folder_beside_the_output_is_all_that_is_left(small, tmp_path):
+def test_folders_above_the_output_are_made_and_nothing_is_left_beside_it(small, tmp_path):
     apply(small, tmp_path / "deep" / "out")
-    assert sorted(Path(tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "out"]
+    assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "out"]

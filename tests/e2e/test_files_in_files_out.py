@@ -250,7 +250,7 @@ def test_what_must_not_travel_stays_and_the_plan_says_why(pair, tmp_path):
     assert not any(b"secret" in (out / name).read_bytes() for name in names(out))
 
 
-def test_what_is_left_behind_is_said_by_the_command(pair, tmp_path, capfd, monkeypatch):
+def test_what_is_left_behind_is_said_by_the_command(pair, tmp_path, capfd):
     from surgery.cli import output
 
     put(pair[1], {"pytorch_model.bin": b"x", "runs/a/b": b"x", ".env": b"x"})
@@ -263,7 +263,7 @@ def test_what_is_left_behind_is_said_by_the_command(pair, tmp_path, capfd, monke
 
 
 def test_the_manifest_of_the_parent_is_linked_and_not_carried(pair, tmp_path):
-    base, aligned = pair
+    base, _ = pair
     parent = lox(pair, tmp_path / "parent", rank=2)
     out = lox((base, parent), tmp_path / "out")
     inputs = json.loads((out / "surgery.json").read_text())["inputs"]

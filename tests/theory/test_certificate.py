@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from surgery.kernels.residual_bounds import Residuals, bounds
 
 from surgery.spectral import Certificate, Factors, truncated_svd
 
@@ -197,6 +198,23 @@ def test_smaller_tolerance_takes_more_passes_and_reaches_a_smaller_error():
     )
     assert coarse.passes < fine.passes
     assert coarse.error > fine.error
+
+
+def test_no_gap_is_read_off_a_next_value_that_has_not_converged():
+    """The second Ritz value lies far below sigma_2: its gap would prove too much."""
+    exact = torch.diag(torch.tensor([1.0, 0.99, 0.1], dtype=torch.float64))
+    turned = torch.tensor([[0.995, -0.07], [0.0999, 0.7], [0.0, 0.71]], dtype=torch.float64)
+    image, values, rows = torch.linalg.svd(exact @ torch.linalg.qr(turned)[0], full_matrices=False)
+    right = torch.linalg.qr(turned)[0] @ rows.T
+    residual = exact.T @ image - right * values
+    assert values[1] < 0.8
+    energy = exact.square().sum().reshape(1)
+    known = Residuals(
+        values[None], (residual.T @ residual)[None], torch.zeros(1, 2, dtype=torch.float64), energy, 0.0
+    )
+    missed = 1 - values[0] ** 2
+    assert bounds(known, 1, 0.0).energy_deficit[0] >= missed
+    assert residual[:, 0].square().sum() * values[0] ** 2 / (values[0] ** 2 - values[1] ** 2) < missed / 4
 
 
 def subspace_iteration(delta, rank, columns=12, rounds=2):

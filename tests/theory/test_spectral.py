@@ -312,6 +312,6 @@ def test_keeping_and_dropping_a_spike_at_the_threshold_cost_the_same(beta):
     assert threshold == pytest.approx(2 * x * math.sqrt(left * right), rel=1e-9)
 
 
-def test_automatic_rank_refuses_a_batch_and_an_empty_search():
-    with pytest.raises(UsageError, match="one matrix"):
+def test_automatic_rank_refuses_an_empty_search():
+    with pytest.raises(UsageError, match="at least 1, got 0"):
         automatic_rank(torch.zeros(8, 9), max_rank=0, seed=0, name="w")
