@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from surgery import LoX, apply
 from surgery.testing import perturbed_copy, write_checkpoint
 
 TOKEN = "hf_secretsecretsecretsecretsecret12"
@@ -102,24 +103,33 @@ def test_an_edit_from_the_hub_is_pinned_whole_and_can_be_repeated(surgery_on_hub
     assert TOKEN not in done.stdout + done.stderr
     assert TOKEN.encode() not in everything(tmp_path)
 
-    local = surgery("lox", *pair, "-o", "local", "--rank", 3, "--alpha", 1.5, "-q")
-    assert local.returncode == 0, local.stderr
-    for path in out.glob("*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "local" / path.name).read_bytes()
-
     surgery.hub.repositories["org/aligned"].commit({"config.json": b"{}"})
     verified = surgery("verify", out, "--recompute", "--strict")
     assert verified.returncode == 0, verified.stderr
     assert "identical" in verified.stdout
     assert TOKEN not in verified.stdout + verified.stderr
 
+    apply(LoX(rank=3, alpha=1.5), base=pair[0], model=pair[1], output=tmp_path / "local")
+    for path in out.glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "local" / path.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_an_output_is_verified_from_the_cache_alone_and_without_its_sources_in_part(surgery_on_hub, pair):
+    surgery = surgery_on_hub
+    assert surgery("lox", "org/base", "org/aligned", "-o", "out", "-q").returncode == 0
     surgery.hub.close()
-    again = surgery("verify", out, "--recompute", "--strict", HF_HUB_OFFLINE="1")
-    assert (again.returncode, again.stdout) == (0, verified.stdout)
-    assert "could not be reached" in error_line(surgery("verify", out, "--recompute"), 5)
-    assert surgery("verify", out).returncode == 0, "without its sources the files are still checked"
+    cached = surgery("verify", "out", "--recompute", "--strict", HF_HUB_OFFLINE="1")
+    assert cached.returncode == 0, cached.stderr
+    assert "identical" in cached.stdout
+    assert "could not be reached" in error_line(surgery("verify", "out", "--recompute"), 5)
+    part = surgery("verify", "out")
+    assert part.returncode == 0, part.stderr
+    assert "could not be reached" in part.stderr
+    assert "identical" not in part.stdout
 
 
+@pytest.mark.slow
 def test_a_plan_of_models_on_the_hub_writes_nothing(surgery_on_hub, pair, tmp_path):
     done = surgery_on_hub("lox", "org/base", "org/aligned", "--plan", "--json")
     assert done.returncode == 0, done.stderr
@@ -128,6 +138,7 @@ def test_a_plan_of_models_on_the_hub_writes_nothing(surgery_on_hub, pair, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"made", "home"}
 
 
+@pytest.mark.slow
 def test_models_on_the_hub_in_the_wrong_order_are_refused(surgery_on_hub, pair):
     assert "look swapped" in error_line(surgery_on_hub("lox", "org/aligned", "org/base"), 3)
 

@@ -138,11 +138,18 @@ def test_true_error_stays_below_the_bound(kind, shape, tol):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shape", [(301, 257), (160, 900), (400, 401)], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_true_error_stays_below_the_bound_on_hundreds_more(kind, shape):
+    check(kind, shape, ranks=(6, 1, 2, 4, 9, 12), cases=range(100, 108), tol=1e-3)
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("tol", [3e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("shape", [(301, 257), (160, 900), (400, 401)], ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_true_error_stays_below_the_bound_on_hundreds_more(kind, shape, tol):
-    check(kind, shape, ranks=(6, 1, 2, 4, 9, 12), cases=range(100, 112), tol=tol)
+def test_true_error_stays_below_the_bound_on_a_thousand_more(kind, shape, tol):
+    check(kind, shape, ranks=(6, 1, 2, 4, 9, 12), cases=range(200, 212), tol=tol)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30], ids=str)
