@@ -119,7 +119,7 @@ def refuse_unplaceable(
 
 
 def adapter_size(method: WeightEdit, steps: Mapping[str, Step]) -> int:
-    """Bytes that an adapter takes at most: float32 factors, and on the base anchor all that is not edited."""
+    """Bytes that an adapter takes, roughly: float32 factors, and on the base anchor all that is not edited."""
     size = 0
     for step in steps.values():
         if step.action == "edit":

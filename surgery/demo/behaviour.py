@@ -91,7 +91,7 @@ def answers(
     tokenizer: PreTrainedTokenizerFast,
     rows: Rows,
     *,
-    batch: int = 64,
+    batch: int = 160,
     longest: int = 40,
 ) -> list[str]:
     """The greedy answers of `model` to the prompts of `rows`, in their order, of at most `longest` tokens."""
