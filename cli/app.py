@@ -73,10 +73,20 @@ def top(
     """
 
 
-def as_surgery_error(error: SurgeryError | OSError) -> SurgeryError:
-    """The same error with an exit code: a full disk is 4, a missing right 5, what else the system refuses 3."""
+def _lacks_memory(error: Exception) -> bool:
+    """Whether Python, the CPU allocator of torch or its GPU allocator found no memory."""
+    words = ("can't allocate memory", "out of memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
+def as_surgery_error(error: SurgeryError | OSError | MemoryError | RuntimeError) -> SurgeryError:
+    """The same error with an exit code: memory or disk is 4, a missing right 5, what else the system refuses 3."""
     if isinstance(error, SurgeryError):
         return error
+    if not isinstance(error, OSError):
+        return ResourceError(
+            "the memory ran out; free some or use a larger machine, and run the same command again to resume"
+        )
     what = f"{error.filename or 'the system'}: {error.strerror or error}"
     if isinstance(error, PermissionError):
         return AccessError(
@@ -100,8 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         # The reader of stdout went away (`surgery ... | head`): nothing is left to tell it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (SurgeryError, OSError) as error:
-        if os.environ.get(output.DEBUG) == "1":
+    except (SurgeryError, OSError, MemoryError, RuntimeError) as error:
+        expected = isinstance(error, (SurgeryError, OSError)) or _lacks_memory(error)
+        if not expected or os.environ.get(output.DEBUG) == "1":
             raise
         known = as_surgery_error(error)
         output.failure(known)

@@ -74,6 +74,13 @@ class Editor:
         require_finite(base, step.base or step.name, "base")
         return aligned.to(self._device), base.to(self._device)
 
+    def require_finite_base(self, step: Step) -> None:
+        """Refuse a base whose partner of a tensor that is not edited holds NaN or infinity: the file is damaged."""
+        info = self._base.info(step.base) if step.base else None
+        if info is not None and info.is_float:
+            for chunk in self._base.raw(info.name):
+                require_finite(torch.frombuffer(chunk, dtype=torch_dtype(info.dtype)), info.name, "base")
+
     def updates(self, step: Step) -> list[WeightUpdate | None]:
         """The full-precision update of each part of a tensor (one part where it is edited whole)."""
         aligned, base = self.pair(step)

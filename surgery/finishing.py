@@ -11,14 +11,14 @@ from surgery.checkpoint.reader import file_sha256
 from surgery.checkpoint.staging import MANIFEST, Staging, fsync_folder
 from surgery.checkpoint.writer import Written, copy_file, index_bytes, write_file
 from surgery.editing import Record
-from surgery.errors import OutputError
+from surgery.errors import InputError, OutputError
 from surgery.plan import output_size
 
 if TYPE_CHECKING:
     from surgery.pipeline import Job
 
 CARD = "README.md"
-_DTYPE_FIELD = re.compile(r'("(?:torch_)?dtype"\s*:\s*)"[^"]*"')
+_DTYPE_FIELD = re.compile(rb'("(?:torch_)?dtype"\s*:\s*)"[^"]*"')
 
 
 InputFiles = Mapping[str, Mapping[str, Any]]
@@ -62,8 +62,9 @@ def _carry(job: "Job", staging: Staging) -> dict[str, Written]:
     for name in job.plan.sidecars.carried:
         source, target = job.aligned.folder / name, staging.path / name
         if name == "config.json" and job.options.dtype != "keep":
-            text = source.read_text(encoding="utf-8")
-            files[name] = write_file(target, _DTYPE_FIELD.sub(rf'\g<1>"{job.options.dtype}"', text).encode())
+            # As bytes: reading text would turn the line ends of other systems into this one's.
+            rewritten = _DTYPE_FIELD.sub(rb'\g<1>"%s"' % job.options.dtype.encode(), source.read_bytes())
+            files[name] = write_file(target, rewritten)
         else:
             files[name] = copy_file(source, target)
     return files
@@ -86,7 +87,10 @@ def check_model(job: "Job", staging: Staging) -> None:
     Raises:
         OutputError: They differ.
     """
-    found = open_checkpoint(staging.path, job.output.name)
+    try:
+        found = open_checkpoint(staging.path, job.output.name)
+    except InputError as error:
+        raise OutputError(f"the output does not read back as it was written ({error}); run again") from error
     planned = {step.name: (step.dtype, step.shape, output_size(step)) for step in job.plan.steps.values()}
     written = {info.name: (info.dtype, info.shape, info.nbytes) for info in found.tensors.values()}
     wrong = sorted(name for name in planned.keys() | written.keys() if planned.get(name) != written.get(name))

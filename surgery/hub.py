@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from surgery import __version__, demo, resources
 from surgery.checkpoint.jsontext import json_object
 from surgery.checkpoint.layout import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE, _choose
-from surgery.checkpoint.reading import read_text, reading
+from surgery.checkpoint.reading import read_text, reading, shown
 from surgery.errors import AccessError, InputError, ResourceError, SurgeryError, UsageError
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _local(text: str) -> Source | None:
             return None
         if not path.is_dir():
             raise InputError(f"{text} is a file or a link to nothing; a folder with a model is needed")
-    return Source(Path(os.path.abspath(path)).name or "root", path)
+    return Source(shown(Path(os.path.abspath(path)).name or "root"), path)
 
 
 @dataclass(frozen=True)

@@ -156,12 +156,19 @@ def _refuse_paths(sources: Mapping[str, Source], output: Path) -> None:
             f"base and aligned are both {sources['base'].label}, so their difference would be zero; "
             "give the checkpoint before alignment as BASE"
         )
-    target = output.absolute().resolve()
+    # The folder the output is built in is emptied when it is left from an earlier run, so it is checked as well.
+    target, building = output.absolute().resolve(), partial_of(output.absolute()).resolve()
     for role, folder in folders.items():
-        if target == folder or folder in target.parents or target in folder.parents:
+        if _overlap(target, folder) or _overlap(building, folder):
             raise UsageError(
                 f"the output {output} and the {role} checkpoint share a folder; choose another --output"
             )
+    if output.is_symlink():
+        raise UsageError(f"the output {output} is a link; choose another --output, or name what it points to")
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    return one == other or one in other.parents or other in one.parents
 
 
 def _plan(
@@ -342,6 +349,7 @@ def _write_tensor(file: ShardFile, info: TensorInfo, step: Step, editor: Editor,
         if edited.tensor is not None:
             file.write(as_bytes(edited.tensor))
             return record
+    editor.require_finite_base(step)
     for chunk in copied(aligned, info, step.dtype):
         file.write(chunk)
     return record

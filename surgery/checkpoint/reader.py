@@ -78,6 +78,10 @@ class Reader:
             raise InputError(f"{self._checkpoint.label} has no tensor {shown(name)}; check the name")
         return self._shards[info.file], info
 
+    def info(self, name: str) -> TensorInfo:
+        """What the header says of a tensor; InputError where there is none of that name."""
+        return self._find(name)[1]
+
     def read(self, name: str) -> Tensor:
         """A fresh CPU tensor of the stored dtype and shape.
 

@@ -213,3 +213,8 @@ class writing:  # noqa: N801 - reads as a statement: `with writing(path): ...`
             raise ResourceError(
                 f"the disk filled up while {self._path} was written; free space and run the same command again"
             ) from error
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            raise ResourceError(
+                f"{self._path} would be larger than the file system or `ulimit -f` allows; "
+                "raise the limit or choose another --output, and run the same command again"
+            ) from error

@@ -39,11 +39,16 @@ class ShardFile:
         self._expected = size
         self._hash = hashlib.sha256()
         self._size = 0
+        self._header = header
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by __exit__
-        self.write(memoryview(header))
 
     def __enter__(self) -> "ShardFile":
+        try:
+            self.write(memoryview(self._header))
+        except BaseException:
+            self._file.close()
+            raise
         return self
 
     def __exit__(
