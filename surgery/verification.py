@@ -19,8 +19,9 @@ from surgery.options import Options
 from surgery.pipeline import Job, prepare
 from surgery.plan import Step
 
-# Single entries at the border between two values may round either way; together they carry this much of an edit.
-_ALONG_SLACK = 1e-4
+# Entries at the border between two values may round either way. What they carry of the edit together is no more than
+# what compensated rounding leaves of it.
+_ALONG_SLACK = 1e-3
 
 Verdict = Literal["identical", "equivalent"]
 

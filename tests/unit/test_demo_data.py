@@ -5,11 +5,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from surgery import demo
 from surgery.demo import corpus, words
 from surgery.demo.behaviour import is_refusal, score
-from surgery.errors import InputError
+from surgery.demo.recipe import rebuild
+from surgery.demo.stretch import Stretch
+from surgery.errors import InputError, OutputError
 
 PARTS = [(name, split) for name, splits in demo.DATA.items() for split in splits]
 
@@ -120,3 +123,30 @@ def test_names_and_data_need_no_torch():
 def test_rows_are_one_json_object_a_line():
     text = demo.data_file("harmful", "train").read_text(encoding="utf-8")
     assert [json.loads(line) for line in text.splitlines()] == demo.data("harmful", "train")
+
+
+def line():
+    """A model of one weight vector, moved from 1 to 3 after its stretch was made."""
+    model = torch.nn.Linear(5, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    stretch = Stretch(model, furthest=2.5, seed=0)
+    torch.nn.init.constant_(model.weight, 3.0)
+    return model, stretch
+
+
+def test_stretch_lies_on_the_line_through_the_origin_and_leaves_the_model_as_it_was():
+    model, stretch = line()
+    shares = []
+    for _ in range(200):
+        with stretch():
+            assert model.weight.min() == model.weight.max()
+            shares.append((model.weight.max().item() - 1) / 2)
+        assert torch.equal(model.weight, torch.full((1, 5), 3.0))
+    assert 60 < shares.count(1.0) < 140
+    assert 1 <= min(shares) < 1.6 < 2.2 < max(shares) <= 2.5
+
+
+def test_a_rebuild_never_writes_over_a_folder(tmp_path):
+    with pytest.raises(OutputError, match="--output"):
+        rebuild(tmp_path, lambda line: None)
+    assert list(tmp_path.iterdir()) == []
