@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from surgery import finishing, provenance, resources
+from surgery.adapter import adapter_method, adapter_size, refuse_unplaceable, write_adapter
 from surgery.checkpoint.header import TensorInfo, build_header
 from surgery.checkpoint.layout import Checkpoint, Shard, open_checkpoint
 from surgery.checkpoint.quantised import refuse_quantised
@@ -144,7 +145,11 @@ def prepare(
     }
     for checkpoint in checkpoints.values():
         refuse_quantised(checkpoint)
-    plan = _plan(method, sources, checkpoints, target, options)
+    notes: tuple[str, ...] = ()
+    if options.as_lora:
+        method, note = adapter_method(method, checkpoints["aligned"])
+        notes = (note,) if note else ()
+    plan = _plan(method, sources, checkpoints, target, options, notes)
     return Job(method, options, sources, checkpoints["aligned"], checkpoints["base"], plan, target)
 
 
@@ -177,10 +182,13 @@ def _plan(
     checkpoints: Mapping[str, Checkpoint],
     output: Path,
     options: Options,
+    adapter_notes: tuple[str, ...] = (),
 ) -> Plan:
     aligned, base = checkpoints["aligned"], checkpoints["base"]
     roles = check_order(sources["base"], sources["aligned"], i_checked_the_order=options.i_checked_the_order)
     steps, notes = plan_steps(method, aligned, base, dtype=options.dtype)
+    if options.as_lora:
+        refuse_unplaceable(method, aligned, base, steps)
     sidecars = list_sidecars(aligned)
     read = sum(aligned.tensors[step.name].nbytes for step in steps.values())
     read += sum(
@@ -188,12 +196,13 @@ def _plan(
     )
     written = sum(output_size(step) for step in steps.values())
     written += sum((aligned.folder / name).stat().st_size for name in sidecars.carried)
+    written = adapter_size(method, steps) if options.as_lora else written
     cast = () if options.dtype == "keep" else (f"every floating tensor is cast to {options.dtype} (--dtype)",)
     return Plan(
         steps=steps,
         equation=method.equation(),
         equivalent=method.equivalent(),
-        notes=(*aligned.notes, *base.notes, *notes, *cast),
+        notes=(*aligned.notes, *base.notes, *notes, *adapter_notes, *cast),
         roles=roles,
         sidecars=sidecars,
         bytes_read=read,
@@ -260,10 +269,7 @@ def run(job: Job, progress: Progress | None = None) -> Outcome:
     _refuse_resources(job)
     fingerprint = job.fingerprint()
     with Staging(job.output, fingerprint, overwrite=job.options.overwrite) as staging:
-        if job.options.as_lora:
-            from surgery.adapter import write_adapter as write
-        else:
-            write = write_model
+        write = write_adapter if job.options.as_lora else write_model
         hashes = input_hashes(job, staging)
         records = write(job, staging, hashes, progress)
         inputs = hashes.all()

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,10 @@ def commands(page):
 
 def snippets(page):
     """Indented blocks of Python."""
-    blocks = re.findall(r"(?:^    .*\n)+", page.read_text(), re.MULTILINE)
-    return [re.sub(r"^    ", "", block, flags=re.MULTILINE) for block in blocks if "    import " in block]
+    blocks = re.findall(r"(?:^(?:    .*)?\n)+", page.read_text(), re.MULTILINE)
+    return [
+        textwrap.dedent(block) for block in blocks if re.search(r"^    (?:import|from) ", block, re.MULTILINE)
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

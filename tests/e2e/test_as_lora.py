@@ -438,3 +438,14 @@ def test_the_size_told_beforehand_is_what_the_tensors_take(tmp_path):
     padding = sum(4 * 2 * sum(step.shape) for name, step in edits.items() if name.endswith("gate.weight"))
     found = sum(tensor.nbytes for tensor in written.values())
     assert found == adapter.adapter_size(LoX(), job.plan.steps) + padding
+
+
+def test_the_plan_says_that_tied_embeddings_are_left_out(tmp_path):
+    base, aligned = tiny_pair(tmp_path, "llama-tied")
+    options = Options(as_lora=True)
+    job = pipeline.prepare(LoX(), base=base, model=aligned, output=tmp_path / "out", options=options)
+    assert any("ties its embeddings" in note for note in job.plan.notes)
+    assert job.plan.steps["model.embed_tokens.weight"].action == "copy"
+    assert job.plan.bytes_written == adapter.adapter_size(LoX(), job.plan.steps)
+    whole = pipeline.prepare(LoX(), base=base, model=aligned, output=tmp_path / "out")
+    assert whole.plan.steps["model.embed_tokens.weight"].action == "edit"  # control

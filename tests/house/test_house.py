@@ -24,6 +24,7 @@ LAYERS = [
     ["surgery.methods"],
     ["surgery.plan"],
     ["surgery.editing", "surgery.inputs", "surgery.adapter_names"],
+    ["surgery.adapter_peft", "surgery.adapter_carried"],
     ["surgery.provenance"],
     ["surgery.card"],
     ["surgery.finishing", "surgery.pipeline", "surgery.adapter"],
@@ -117,8 +118,11 @@ def test_imports_point_one_way(path):
     [
         ("huggingface_hub", {"surgery.hub"}),
         ("typer", {"surgery.cli"}),
-        ("transformers", {"surgery.demo", "surgery.testing", "surgery.adapter", "surgery.adapter_names"}),
-        ("peft", {"surgery.demo", "surgery.adapter"}),
+        (
+            "transformers",
+            {"surgery.demo", "surgery.testing", "surgery.adapter_names", "surgery.adapter_peft"},
+        ),
+        ("peft", {"surgery.demo", "surgery.adapter_peft"}),
     ],
 )
 def test_a_library_is_used_in_its_own_place_only(library, allowed):
