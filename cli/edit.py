@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,6 +80,9 @@ def _run(method: type, values: dict[str, Any]) -> None:
     from surgery.options import Options
 
     commands.require_one_output(values["quiet"], values["json"])
+    if values["quiet"]:
+        # Read by the Hub's client when it is first imported, which only a Hub source does.
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     job = pipeline.prepare(
         commands.from_fields(method, values),
         base=values["base"],

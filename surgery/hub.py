@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from surgery import __version__, demo, resources
 from surgery.checkpoint.jsontext import json_object
-from surgery.checkpoint.layout import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE, _choose
+from surgery.checkpoint.layout import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE, choose_format
 from surgery.checkpoint.reading import read_text, reading, shown
 from surgery.errors import AccessError, InputError, ResourceError, SurgeryError, UsageError
 
@@ -144,7 +144,7 @@ class _Repository:
         with _plain_errors(self, begun=False):
             commit, sizes = self._listing()
         label = f"{self.name}@{commit}"
-        kind, indexed = _choose(set(sizes), label, allow_pickle=self.allow_pickle)
+        kind, indexed = choose_format(set(sizes), label, allow_pickle=self.allow_pickle)
         with _plain_errors(self, begun=True):
             weights = {SINGLE if kind == "safetensors" else PICKLE_SINGLE}
             if indexed:

@@ -108,8 +108,12 @@ def _nothing_usable(names: set[str], label: str) -> InputError:
     return InputError(f"{label} has {found}, and {SINGLE} or {INDEX} is needed; {way_out}")
 
 
-def _choose(names: set[str], label: str, *, allow_pickle: bool) -> tuple[Kind, bool]:
-    """How the weights are stored, and whether an index names them."""
+def choose_format(names: set[str], label: str, *, allow_pickle: bool) -> tuple[Kind, bool]:
+    """How the weights of a folder with these file names are stored, and whether an index names them.
+
+    Raises:
+        InputError: There are none that can be read; the message says what is there and the way out.
+    """
     if names & {INDEX, SINGLE}:
         return "safetensors", INDEX in names
     if names & {PICKLE_INDEX, PICKLE_SINGLE}:
@@ -233,7 +237,7 @@ def open_checkpoint(folder: Path, label: str, *, allow_pickle: bool = False) -> 
         AccessError: There is no right to read a file.
     """
     names = _listing(folder, label)
-    kind, indexed = _choose(names, label, allow_pickle=allow_pickle)
+    kind, indexed = choose_format(names, label, allow_pickle=allow_pickle)
     config, notes = _read_config(folder, label, names)
     single = SINGLE if kind == "safetensors" else PICKLE_SINGLE
     index, weight_map = _read_index(folder, label, kind) if indexed else (None, {})
