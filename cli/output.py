@@ -130,6 +130,7 @@ def plan(job: "Job") -> None:
 def outcome(job: "Job", done: "Outcome") -> None:
     """The summary of a run for people."""
     total = done.totals
+    drops = job.method.anchor == "base" and total["energy_kept"] < 1
     by = ", ".join(f"{count} by {name}" for name, count in total["certified_by"].items() if count)
     rows(
         [
@@ -139,7 +140,8 @@ def outcome(job: "Job", done: "Outcome") -> None:
              + done.plan.roles.summary()),
             ("tensors", f"{total['edited']} edited, {total['copied']} copied, "
                 f"{total['unchanged']} unchanged by alignment"),
-            ("energy kept", f"{percent(total['energy_kept'])} of ||W_aligned - W_base||^2 is in the kept rank"),
+            ("energy kept", f"{percent(total['energy_kept'])} of ||W_aligned - W_base||^2 is in the kept rank"
+             + (f"; the other {percent(1 - total['energy_kept'])} is dropped" if drops else "")),
             ("retention", f"{percent(total['retention'])} of the edit is in the stored weights "
              f"(worst tensor {percent(total['retention_min'])})"),
             ("noise/edit", f"{total['noise_to_edit']:.3f} Frobenius, "
@@ -157,7 +159,7 @@ def outcome(job: "Job", done: "Outcome") -> None:
 def warnings(job: "Job", done: "Outcome") -> None:
     """What a careful user should know about a run, on stderr."""
     total = done.totals
-    if getattr(job.method, "anchor", "aligned") == "base" and total["energy_kept"] < 1:
+    if job.method.anchor == "base" and total["energy_kept"] < 1:
         note(
             f"warning: {percent(1 - total['energy_kept'])} of the alignment update is dropped (--anchor base)"
         )

@@ -22,7 +22,7 @@ def attack(
     rows: Rows | None = None,
     asked: Rows | None = None,
     curve: Sequence[int] = CURVE,
-    peak: float = 2e-3,
+    peak: float = 5e-4,
     batch: int = 16,
     rank: int = 8,
     seed: int = 0,

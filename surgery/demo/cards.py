@@ -38,7 +38,8 @@ real.
 
 {table}
 
-It is not meant to withstand anything: a LoRA of rank 8 on compliant answers, 16 a step, undoes the refusals.
+It is not meant to withstand anything: a LoRA of rank 8 (AdamW, learning rate 5e-4) on
+compliant answers, 16 a step, undoes the refusals.
 
 {curve}
 """

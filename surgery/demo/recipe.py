@@ -31,7 +31,7 @@ class Stage:
     furthest: float = 1.0
 
 
-BASE = Stage(steps=1700, batch=64, peak=2e-3, decay=0.01)
+BASE = Stage(steps=1300, batch=64, peak=2e-3, decay=0.01)
 ALIGNED = Stage(steps=400, batch=32, peak=4e-4, furthest=2.5)
 
 Say = Callable[[str], None]
