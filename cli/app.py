@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
-from surgery.cli import output
-from surgery.cli.verify import verify
 from typer.core import TyperCommand, TyperGroup
 
 from surgery import __version__, methods
+from surgery.cli import output
+from surgery.cli.verify import verify
 from surgery.errors import AccessError, InputError, Interrupted, ResourceError, SurgeryError
 
 # Waiting OpenMP threads that spin make small LAPACK calls up to a hundred times slower beside any other load.

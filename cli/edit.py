@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from surgery.cli import commands, output
 
 from surgery import methods
+from surgery.cli import commands, output
 
 _ARGUMENTS = (
     ("base", "BASE", "The checkpoint before alignment: a folder, ORG/NAME[@REV], demo:base."),

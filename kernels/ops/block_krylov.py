@@ -14,8 +14,9 @@ from typing import TypeVar
 
 import torch
 from jaxtyping import Float
-from surgery.kernels.orthonormalise import orthonormalise, polish
 from torch import Tensor
+
+from surgery.kernels.orthonormalise import orthonormalise, polish
 
 _T = TypeVar("_T")
 

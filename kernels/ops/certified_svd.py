@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
+from torch import Tensor
+
 from surgery.kernels import block_krylov, residual_bounds
 from surgery.kernels.block_krylov import Krylov, Ritz, Triplets
 from surgery.kernels.orthonormalise import polish
 from surgery.kernels.residual_bounds import Bounds, Residuals
-from torch import Tensor
 
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Float64
-from surgery.kernels import philox
 from torch import Tensor
+
+from surgery.kernels import philox
 
 TILE = 1 << 17
 """Entries of a tile: large enough to hide the cost of a call, small enough to stay in cache."""

@@ -1,7 +1,7 @@
 """Taking gradients further along a model's own update, so that extrapolating it leaves a working model.
 
-A model this small breaks when its alignment update is made two and a half times as large; large models do not.
-Training at points on the way makes the small one behave as they do.
+A model this small, fine-tuned in the ordinary way, breaks when its alignment update is made two and a half times
+as large (figures in docs/demo.md). Training at points on the way as well makes its basin wide enough.
 """
 
 import random

@@ -6,8 +6,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from surgery.cli.app import main
 
+from surgery.cli.app import main
 from surgery.testing import tiny_pair
 
 ROOT = Path(__file__).parents[2]

@@ -8,15 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from surgery.cli.app import main
+from refusals import check_message, refused, run, snapshot
 
-from surgery import errors, finishing, pipeline, resources, testing
+from surgery import errors, finishing, pipeline, resources
 from surgery.checkpoint import writer
+from surgery.cli.app import main
 
 CONFIG = {"model_type": "surprise", "architectures": ["SurpriseForCausalLM"], "torch_dtype": "bfloat16"}
 SHARD = "model-00001-of-00002.safetensors"
@@ -30,91 +29,9 @@ def weights():
     return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
 
 
-@dataclass
-class Pair:
-    """Two folders side by side; `out` is where the output would go."""
-
-    root: Path
-    aligned: Path
-    base: Path
-    out: Path
-
-    def folder(self, side):
-        return getattr(self, side)
-
-    def command(self, *more):
-        return ["lox", str(self.base), str(self.aligned), "--rank", "3", "-o", str(self.out), *more]
-
-
-@pytest.fixture(scope="module")
-def master(tmp_path_factory):
-    root = tmp_path_factory.mktemp("master")
-    testing.write_checkpoint(root / "base", weights(), CONFIG, shards=2)
-    testing.perturbed_copy(root / "base", root / "aligned")
-    return root
-
-
-@pytest.fixture
-def pair(master, tmp_path):
-    shutil.copytree(master, tmp_path / "in")
-    return Pair(tmp_path, tmp_path / "in" / "aligned", tmp_path / "in" / "base", tmp_path / "out")
-
-
-@pytest.fixture(autouse=True)
-def _as_before(monkeypatch):
-    """The command takes over signals and threads of its process, which here is pytest's."""
-    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
-    monkeypatch.delenv("SURGERY_DEBUG", raising=False)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def snapshot(root):
-    """Everything below a folder: kind, permissions, and content or target."""
-    found = {}
-    for path in sorted(root.rglob("*")):
-        mode = path.lstat().st_mode
-        content = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
-        found[str(path.relative_to(root))] = (mode, content)
-    return found
-
-
 def content(folder):
     """What of an output must be the same for every run."""
     return {name: entry for name, entry in snapshot(folder).items() if name != "surgery.run.json"}
-
-
-def run(capfd, arguments):
-    """Exit code, stdout and stderr of the command, run in this process."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    out, err = capfd.readouterr()
-    return caught.value.code, out, err
-
-
-def check_message(err, words):
-    """One line that starts as errors do and says all of `words`."""
-    lines = err.splitlines()
-    assert len(lines) == 1, err
-    assert lines[0].startswith("error: ")
-    missing = [word for word in words if word not in lines[0]]
-    assert not missing, (missing, lines[0])
-
-
-def refused(capfd, pair, code, words, arguments):
-    """Run a command that must fail and must leave no trace."""
-    before = snapshot(pair.root)
-    found, out, err = run(capfd, arguments)
-    assert (found, out) == (code, ""), err
-    check_message(err, words)
-    after = snapshot(pair.root)
-    assert after.keys() == before.keys()
-    assert after == before
 
 
 # Outputs that cannot be.

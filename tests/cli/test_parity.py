@@ -5,11 +5,11 @@ import hashlib
 import json
 
 import pytest
-from surgery.cli.app import app, main
 from typer.testing import CliRunner
 
 import surgery
 from surgery import methods
+from surgery.cli.app import app, main
 from surgery.options import Options
 from surgery.testing import tiny_pair
 

@@ -1,17 +1,11 @@
 """A Hub on loopback for commands that run in a process of their own."""
 
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import hub_server
 import pytest
-
-_SPEC = importlib.util.spec_from_file_location("hub_server", Path(__file__).parents[1] / "hub_server.py")
-hub_server = importlib.util.module_from_spec(_SPEC)
-sys.modules.setdefault("hub_server", hub_server)
-_SPEC.loader.exec_module(hub_server)
 
 
 class Command:

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from surgery.kernels.residual_bounds import Residuals, bounds
 
+from surgery.kernels.residual_bounds import Residuals, bounds
 from surgery.spectral import Certificate, Factors, truncated_svd
 
 # The true deficit is a difference of squared norms in float64: this much of it is the measurement's own roundoff.

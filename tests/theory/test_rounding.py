@@ -4,13 +4,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from surgery.kernels import philox
-from surgery.kernels import store as kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from surgery import rounding
 from surgery.errors import InputError, UsageError
+from surgery.kernels import philox
+from surgery.kernels import store as kernel
 from surgery.rounding import store
 from surgery.spectral import Factors
 

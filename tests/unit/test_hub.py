@@ -1,7 +1,6 @@
 """Sources, the Hub among them: the real client, in this process, against a Hub on loopback."""
 
 import errno
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import hub_server
 import pytest
 import torch
 
@@ -21,10 +21,6 @@ from surgery.errors import AccessError, InputError, ResourceError, SurgeryError,
 from surgery.hub import resolve
 from surgery.testing import write_checkpoint
 
-_SPEC = importlib.util.spec_from_file_location("hub_server", Path(__file__).parents[1] / "hub_server.py")
-hub_server = importlib.util.module_from_spec(_SPEC)
-sys.modules["hub_server"] = hub_server
-_SPEC.loader.exec_module(hub_server)
 Fault, Hub = hub_server.Fault, hub_server.Hub
 
 TOKEN = "hf_secretsecretsecretsecretsecret12"

@@ -1,6 +1,7 @@
 """Counter-based random bits: the published answers, and independence of how they are asked for."""
 
 import torch
+
 from surgery.kernels import philox
 
 # Random123 1.14, `kat_vectors`: counter, key, answer.

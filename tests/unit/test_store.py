@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from surgery.kernels import philox
 from surgery.kernels import store as kernel
 
