@@ -11,7 +11,8 @@ from surgery.errors import SurgeryError
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
-    from surgery.pipeline import Job, Outcome
+    from surgery.job import Job
+    from surgery.pipeline import Outcome
     from surgery.plan import Plan
     from surgery.verification import Verification
 

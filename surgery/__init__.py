@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "apply": "surgery.pipeline",
-    "prepare": "surgery.pipeline",
+    "prepare": "surgery.job",
     "Outcome": "surgery.pipeline",
     "Options": "surgery.options",
     "LoX": "surgery.methods.lox",
@@ -24,11 +24,11 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from surgery.errors import SurgeryError as SurgeryError
+    from surgery.job import prepare as prepare
     from surgery.methods.lox import LoX as LoX
     from surgery.options import Options as Options
     from surgery.pipeline import Outcome as Outcome
     from surgery.pipeline import apply as apply
-    from surgery.pipeline import prepare as prepare
     from surgery.verification import verify as verify
 
 

@@ -35,7 +35,7 @@ from surgery.checkpoint.layout import Checkpoint
 from surgery.checkpoint.reader import Reader
 from surgery.checkpoint.staging import Staging
 from surgery.checkpoint.writer import ShardFile, Written, write_file
-from surgery.editing import Editor, Record, as_bytes, require_finite
+from surgery.editing import Editor, Record, as_bytes, require_finite, update_figures
 from surgery.errors import InputError, UsageError
 from surgery.inputs import InputHashes
 from surgery.methods.base import WeightEdit, WeightUpdate
@@ -44,7 +44,8 @@ from surgery.selection import kind_of, text_config
 from surgery.spectral import Factors
 
 if TYPE_CHECKING:
-    from surgery.pipeline import Job, Progress
+    from surgery.job import Job
+    from surgery.pipeline import Progress
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -320,21 +321,10 @@ def _pieces(name: str, place: Place, update: WeightUpdate, row: int, column: int
 
 def _record(step: Step, updates: Sequence[WeightUpdate], weight: float) -> Record:
     """Figures of an edited tensor, as `surgery.editing` gives them; nothing is lost, since nothing is rounded."""
-    worst = max(updates, key=lambda update: update.certified_error)
-    delta = math.fsum(update.delta_energy for update in updates)
-    kept = math.fsum(update.energy_kept * update.delta_energy for update in updates)
     edits = (update.edit for update in updates)
     norm = math.hypot(*(_norm(edit.values if isinstance(edit, Factors) else edit) for edit in edits))
     return {
-        "name": step.name,
-        "action": "edit",
-        "reason": step.reason,
-        "rank": max(update.rank for update in updates),
-        "certified_error": worst.certified_error,
-        "energy_deficit": max(update.energy_deficit for update in updates),
-        "criterion": worst.criterion,
-        "energy_kept": kept / delta,
-        "delta_norm": math.sqrt(delta),
+        **update_figures(step, updates),
         "edit_norm": norm,
         "edit_to_weight": norm / weight if weight else None,
         "retention": 1.0,

@@ -128,15 +128,10 @@ class Editor:
         return self._method.update(aligned, base, name=name, seed=self._options.seed)
 
 
-def _record(step: Step, done: Sequence[tuple[WeightUpdate, Stored, float]]) -> Record:
-    """Figures of an edited tensor; over parts, norms add up and errors are the worst."""
-    updates = [update for update, _, _ in done]
-    stored = [kept for _, kept, _ in done]
+def update_figures(step: Step, updates: Sequence[WeightUpdate]) -> Record:
+    """Figures of a tensor's edit before it is stored; over parts, norms add up and errors are the worst."""
     worst = max(updates, key=lambda update: update.certified_error)
     delta = math.fsum(update.delta_energy for update in updates)
-    kept = math.fsum(update.energy_kept * update.delta_energy for update in updates)
-    edit = math.fsum(part.edit_energy for part in stored)
-    weight = math.hypot(*(norm for _, _, norm in done))
     return {
         "name": step.name,
         "action": "edit",
@@ -145,8 +140,18 @@ def _record(step: Step, done: Sequence[tuple[WeightUpdate, Stored, float]]) -> R
         "certified_error": worst.certified_error,
         "energy_deficit": max(update.energy_deficit for update in updates),
         "criterion": worst.criterion,
-        "energy_kept": kept / delta,
+        "energy_kept": math.fsum(update.energy_kept * update.delta_energy for update in updates) / delta,
         "delta_norm": math.sqrt(delta),
+    }
+
+
+def _record(step: Step, done: Sequence[tuple[WeightUpdate, Stored, float]]) -> Record:
+    """Figures of an edited tensor, those of its storage included."""
+    stored = [kept for _, kept, _ in done]
+    edit = math.fsum(part.edit_energy for part in stored)
+    weight = math.hypot(*(norm for _, _, norm in done))
+    return {
+        **update_figures(step, [update for update, _, _ in done]),
         "edit_norm": math.sqrt(edit),
         "edit_to_weight": math.sqrt(edit) / weight if weight else None,
         "retention": math.fsum(part.inner for part in stored) / edit if edit else 1.0,

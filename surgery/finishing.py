@@ -15,7 +15,7 @@ from surgery.errors import InputError, OutputError
 from surgery.plan import output_size
 
 if TYPE_CHECKING:
-    from surgery.pipeline import Job
+    from surgery.job import Job
 
 CARD = "README.md"
 _DTYPE_FIELD = re.compile(rb'("(?:torch_)?dtype"\s*:\s*)"[^"]*"')

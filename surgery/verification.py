@@ -15,8 +15,8 @@ from surgery.checkpoint.reader import Reader, file_sha256
 from surgery.checkpoint.staging import MANIFEST
 from surgery.editing import Editor, Record, copied
 from surgery.errors import CheckError, InputError, SurgeryError
+from surgery.job import Job, prepare
 from surgery.options import Options
-from surgery.pipeline import Job, prepare
 from surgery.plan import Step
 
 # Entries at the border between two values may round either way. What they carry of the edit together is no more than

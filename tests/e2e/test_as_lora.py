@@ -20,6 +20,7 @@ from surgery.checkpoint.staging import partial_of
 from surgery.errors import InputError, Interrupted, UsageError
 from surgery.methods.lox import LoX
 from surgery.options import Options
+from surgery.plan import plan_steps
 from surgery.testing import (
     ARCHITECTURES,
     perturbed_copy,
@@ -420,7 +421,7 @@ def test_an_edit_of_a_tied_embedding_is_refused_where_it_was_not_left_out(tmp_pa
     job = pipeline.prepare(
         LoX(edit="linear"), base=base, model=aligned, output=tmp_path / "out", options=Options(as_lora=True)
     )
-    steps = pipeline.plan_steps(LoX(), job.aligned, job.base, dtype="keep")[0]
+    steps = plan_steps(LoX(), job.aligned, job.base, dtype="keep")[0]
     with pytest.raises(InputError, match=r"embed_tokens\.weight shares its memory"):
         adapter.refuse_unplaceable(LoX(), job.aligned, job.base, steps)
     adapter.refuse_unplaceable(job.method, job.aligned, job.base, job.plan.steps)  # control

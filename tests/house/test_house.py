@@ -27,7 +27,10 @@ LAYERS = [
     ["surgery.adapter_peft", "surgery.adapter_carried"],
     ["surgery.provenance"],
     ["surgery.card"],
-    ["surgery.finishing", "surgery.pipeline", "surgery.adapter"],
+    ["surgery.adapter"],
+    ["surgery.job"],
+    ["surgery.finishing"],
+    ["surgery.pipeline"],
     ["surgery.verification", "surgery.testing"],
     ["surgery.cli", "surgery.__main__"],
 ]
