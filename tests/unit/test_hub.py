@@ -40,8 +40,11 @@ def slept():
 
 
 def longest(slept):
-    """Seconds that the most patient thread would have waited."""
-    return max(map(sum, slept.values()), default=0)
+    """Seconds that the most patient thread would have waited for the Hub.
+
+    Shorter sleeps are those of a file lock that polls: it spins here, where sleeping takes no time.
+    """
+    return max((sum(pause for pause in pauses if pause > 0.1) for pauses in slept.values()), default=0)
 
 
 @pytest.fixture
@@ -401,7 +404,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error_at_once(hub, model, slept):
     text = failure("org/model")
     assert "could not be reached" in text
     assert "no folder org/model" in text
-    assert not slept
+    assert longest(slept) == 0
 
 
 def test_a_hub_that_never_answers_is_not_waited_for_long(hub, model, monkeypatch):
@@ -436,7 +439,7 @@ def test_lasting_trouble_ends_in_an_error(status, path, hub, model, slept):
 def test_a_long_wait_asked_for_is_an_error_instead(hub, model, slept):
     hub.faults.append(Fault("/api/models/", status=429, headers={"Retry-After": "3600"}))
     assert "no more requests" in failure("org/model")
-    assert not slept
+    assert longest(slept) == 0
 
 
 @pytest.mark.parametrize(
