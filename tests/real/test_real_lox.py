@@ -6,6 +6,7 @@ Matrices are read with the shorter side first: the equation commutes with transp
 """
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -272,6 +273,14 @@ def test_swapped_sides_are_refused_by_what_the_card_says(pairs, command, tmp_pat
     assert done.returncode == 3
     assert "swapped" in done.stderr
     assert not out.exists()
+
+
+def test_the_plan_foretells_memory_and_size(pairs, lox, command, tmp_path):
+    pair, run = pairs["short"], lox(pairs["short"])
+    done = command("lox", pair.base.folder, pair.aligned.folder, "-o", tmp_path / "out", "--plan", "--json")
+    plan = json.loads(done.stdout)
+    assert plan["memory_bytes"] / 2 < run.report["peak_rss_bytes"] <= plan["memory_bytes"]
+    assert plan["bytes_written"] <= run.report["bytes_written"] < 1.01 * plan["bytes_written"]
 
 
 @pytest.mark.nightly
