@@ -6,7 +6,6 @@ cores or memory instead makes runs slow or gets them killed.
 
 import math
 import os
-import resource
 import shutil
 from pathlib import Path
 
@@ -49,11 +48,12 @@ def cores() -> int:
     return max(1, granted)
 
 
-def _meminfo(key: str) -> int:
-    for line in (_PROC / "meminfo").read_text().splitlines():
+def _kibibytes(path: Path, key: str) -> int:
+    """The bytes that a line `key:  N kB` of a file in /proc means."""
+    for line in path.read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/meminfo has no {key}")
+    raise ValueError(f"{path} has no {key}")
 
 
 def _group_room(group: Path) -> list[int]:
@@ -77,7 +77,12 @@ def _cached(group: Path) -> int:
 def memory_available() -> int:
     """Bytes of memory a run may still take without being killed."""
     groups = [*_own_cgroups(), _CGROUP / "memory"]
-    return min([_meminfo("MemAvailable"), *(room for group in groups for room in _group_room(group))])
+    return min(
+        [
+            _kibibytes(_PROC / "meminfo", "MemAvailable"),
+            *(room for group in groups for room in _group_room(group)),
+        ]
+    )
 
 
 def disk_free(path: Path) -> int:
@@ -87,5 +92,8 @@ def disk_free(path: Path) -> int:
 
 
 def peak_rss() -> int:
-    """Largest resident memory of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident memory of this process so far, bytes.
+
+    From VmHWM, not getrusage: `ru_maxrss` outlives exec, so it may be that of the process which started this one.
+    """
+    return _kibibytes(_PROC / "self/status", "VmHWM")

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from surgery import resources
@@ -54,3 +57,11 @@ def test_this_machine_has_cores_memory_and_disk(tmp_path):
     assert resources.memory_available() > 0
     assert resources.disk_free(tmp_path / "not" / "there") > 0
     assert resources.peak_rss() > 1 << 20
+
+
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
+    ballast = bytearray(300 << 20)
+    code = "from surgery import resources; print(resources.peak_rss())"
+    found = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    assert 1 << 20 < found < len(ballast)
+    assert resources.peak_rss() > len(ballast)  # control
