@@ -165,9 +165,8 @@ def warnings(job: "Job", done: "Outcome") -> None:
             f"warning: {percent(1 - total['energy_kept'])} of the alignment update is dropped (--anchor base)"
         )
     if total["retention_min"] < 0.99:
-        note(
-            f"warning: a tensor keeps only {percent(total['retention_min'])} of its edit; use --rounding auto"
-        )
+        way_out = "--dtype float32 or --as-lora" if job.options.rounding == "auto" else "--rounding auto"
+        note(f"warning: a tensor keeps {percent(total['retention_min'])} of its edit; {way_out} keeps more")
     if total["noise_spectral_max"] > 1:
         note(
             f"warning: rounding noise exceeds the edit in a tensor ({total['noise_spectral_max']:.2f} in spectral "
