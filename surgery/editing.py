@@ -14,7 +14,7 @@ from torch import Tensor
 from surgery.checkpoint.dtypes import torch_dtype
 from surgery.checkpoint.header import TensorInfo
 from surgery.checkpoint.reader import Reader
-from surgery.errors import InputError, OutputError
+from surgery.errors import InputError, OutputError, UsageError
 from surgery.methods.base import WeightEdit, WeightUpdate
 from surgery.options import Options
 from surgery.plan import Step
@@ -40,16 +40,20 @@ def require_finite(tensor: Tensor, name: str, where: str) -> None:
 
 
 def compute_device(options: Options) -> torch.device:
-    """The device that `--device` asks for."""
+    """The device that `--device` asks for.
+
+    Raises:
+        UsageError: There is none of that name, or it cannot be used here.
+    """
     if options.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(options.device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"device {options.device!r} cannot be used here ({reason}); try --device cpu"
+    except (RuntimeError, AssertionError):
+        there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise UsageError(
+            f"device {options.device!r} cannot be used here; there is {', '.join(there)}: try --device cpu"
         ) from None
     return device
 

@@ -14,6 +14,7 @@ from surgery.checkpoint.layout import Checkpoint, open_checkpoint
 from surgery.checkpoint.quantised import refuse_quantised
 from surgery.checkpoint.sidecars import list_sidecars
 from surgery.checkpoint.staging import partial_of
+from surgery.editing import compute_device
 from surgery.errors import InputError, UsageError
 from surgery.hub import Source, resolve
 from surgery.inputs import checkpoint_fingerprint
@@ -80,6 +81,7 @@ def prepare(
         "base": resolve(base, allow_pickle=options.allow_pickle),
         "aligned": resolve(model, allow_pickle=options.allow_pickle),
     }
+    compute_device(options)
     target = Path(output) if output is not None else default_output(method, sources["aligned"], options)
     _refuse_paths(sources, target)
     checkpoints = {
@@ -104,6 +106,8 @@ def _refuse_paths(sources: Mapping[str, Source], output: Path) -> None:
             f"base and aligned are both {sources['base'].label}, so their difference would be zero; "
             "give the checkpoint before alignment as BASE"
         )
+    if output.name in ("", ".."):
+        raise UsageError(f"the output is {str(output)!r}, and a folder that can be made is needed; name one")
     # The folder the output is built in is emptied when it is left from an earlier run, so it is checked as well.
     target, building = output.absolute().resolve(), partial_of(output.absolute()).resolve()
     for role, folder in folders.items():

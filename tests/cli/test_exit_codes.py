@@ -126,6 +126,19 @@ def test_an_output_that_cannot_be_is_refused_and_nothing_is_touched(pair, capfd,
     refused(capfd, pair, 2, words, pair.command("-q", *more))
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "there/.."])
+def test_an_output_without_a_name_is_refused(pair, capfd, name):
+    pair.out = Path(name)
+    refused(
+        capfd, pair, 2, ["the output is", "name one"], ["lox", str(pair.base), str(pair.aligned), "-o", name]
+    )
+
+
+@pytest.mark.parametrize("name", ["banana", "cuda:99", ""])
+def test_a_device_that_is_not_there_is_refused(pair, capfd, name):
+    refused(capfd, pair, 2, [repr(name), "cpu"], pair.command("--device", name))
+
+
 def test_a_second_run_on_the_same_output_is_refused_while_the_first_lives(pair, capfd):
     partial = pair.root / "out.partial"
     partial.mkdir()
