@@ -128,7 +128,6 @@ def test_an_output_that_cannot_be_is_refused_and_nothing_is_touched(pair, capfd,
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/", "there/.."])
 def test_an_output_without_a_name_is_refused(pair, capfd, name):
-    pair.out = Path(name)
     refused(
         capfd, pair, 2, ["the output is", "name one"], ["lox", str(pair.base), str(pair.aligned), "-o", name]
     )
