@@ -9,11 +9,12 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import TyperException
 
 from surgery import __version__, methods
 from surgery.cli import output
 from surgery.cli.verify import verify
-from surgery.errors import AccessError, InputError, Interrupted, ResourceError, SurgeryError
+from surgery.errors import AccessError, InputError, Interrupted, ResourceError, SurgeryError, UsageError
 
 # Waiting OpenMP threads that spin make small LAPACK calls up to a hundred times slower beside any other load.
 # Read when torch is loaded, so it is set before.
@@ -49,7 +50,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
 )
 app.command()(verify)
 
@@ -88,7 +88,7 @@ def as_surgery_error(error: SurgeryError | OSError | MemoryError | RuntimeError)
             "the memory ran out; free some or use a larger machine, and run the same command again to resume"
         )
     what = f"{error.filename or 'the system'}: {error.strerror or error}"
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
         return AccessError(
             f"{what}; you need the right to read the inputs and to write where the output goes"
         )
@@ -101,20 +101,49 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
     raise Interrupted(number)
 
 
+def _usage(error: TyperException) -> UsageError:
+    """What the parser of the command line says, in one line."""
+    text = " ".join(error.format_message().split()).removesuffix(".").replace("Value error, ", "")
+    context = getattr(error, "ctx", None)
+    return UsageError(f"{text}; see {context.command_path if context else 'surgery'} --help")
+
+
+def _stdout_is_closed() -> None:
+    """The reader of stdout went away (`surgery ... | head`): nothing is left to tell it, also not at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Run the command; the exit code where nothing is raised."""
+    try:
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        code = app(args=words or ["--help"], standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except TyperException as error:
+        raise _usage(error) from None
+    except BrokenPipeError:
+        _stdout_is_closed()
+        return 0
+    except SystemExit as stop:
+        # Typer turns a closed stdout into exit code 1, having put a wrapper in its place that ignores it.
+        if sys.stdout is sys.__stdout__ or stop.code != 1:
+            raise
+        _stdout_is_closed()
+        return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with the code of its outcome (see `surgery.errors`)."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
-        app(args=arguments)
-    except BrokenPipeError:
-        # The reader of stdout went away (`surgery ... | head`): nothing is left to tell it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = _run(arguments)
     except (SurgeryError, OSError, MemoryError, RuntimeError) as error:
         expected = isinstance(error, (SurgeryError, OSError)) or _lacks_memory(error)
         if not expected or os.environ.get(output.DEBUG) == "1":
             raise
         known = as_surgery_error(error)
         output.failure(known)
-        sys.exit(known.exit_code)
-    sys.exit(0)
+        code = known.exit_code
+    sys.exit(code)

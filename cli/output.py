@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -132,7 +133,6 @@ def outcome(job: "Job", done: "Outcome") -> None:
     """The summary of a run for people."""
     total = done.totals
     drops = job.method.anchor == "base" and total["energy_kept"] < 1
-    by = ", ".join(f"{count} by {name}" for name, count in total["certified_by"].items() if count)
     rows(
         [
             ("equation", done.plan.equation),
@@ -141,28 +141,51 @@ def outcome(job: "Job", done: "Outcome") -> None:
              + done.plan.roles.summary()),
             ("tensors", f"{total['edited']} edited, {total['copied']} copied, "
                 f"{total['unchanged']} unchanged by alignment"),
-            ("energy kept", f"{percent(total['energy_kept'])} of ||W_aligned - W_base||^2 is in the kept rank"
-             + (f"; the other {percent(1 - total['energy_kept'])} is dropped" if drops else "")),
+            ("energy kept", f"{percent(total['energy_kept'])} of the edited tensors' ||W_aligned - W_base||^2 is in "
+             "the kept rank" + (f"; the other {percent(1 - total['energy_kept'])} is dropped" if drops else "")),
             ("retention", f"{percent(total['retention'])} of the edit is in the stored weights "
              f"(worst tensor {percent(total['retention_min'])})"),
             ("noise/edit", f"{total['noise_to_edit']:.3f} Frobenius, "
                 f"{total['noise_spectral_max']:.3f} spectral (worst tensor)"),
-            ("certified", f"error at most {total['certified_error_max']:.1e} ({by}), "
-             f"energy deficit at most {total['energy_deficit_max']:.1e}"),
+            ("certified", _certified(done)),
             ("cost", f"{done.seconds:.1f} s, peak memory {size(done.peak_rss_bytes)}, "
                 f"{size(done.bytes_written)} written"),
             ("output", str(done.output)),
-            ("next", f"surgery verify {done.output}"),
+            ("next", f"surgery verify {shlex.quote(str(done.output))}; evaluate before you publish"),
         ]
     )  # fmt: skip
+
+
+def _certified(done: "Outcome") -> str:
+    """The worst certified errors, of tensors with a gap at the rank and of those without one."""
+    edited = [record for record in done.records if record["action"] == "edit"]
+    known = [record["certified_error"] for record in edited if record["criterion"] != "energy"]
+    loose = [record["certified_error"] for record in edited if record["criterion"] == "energy"]
+    counts = done.totals["certified_by"]
+    parts = []
+    if known:
+        by = ", ".join(f"{counts[name]} by {name}" for name in ("subspace", "exact") if counts[name])
+        parts.append(f"error at most {max(known):.1e} ({by})")
+    if loose:
+        parts.append(
+            f"{len(loose)} by energy, within {done.totals['energy_deficit_max']:.1e} of the best "
+            f"(no gap at the rank: error bound {max(loose):.1e})"
+        )
+    return "; ".join(parts)
 
 
 def warnings(job: "Job", done: "Outcome") -> None:
     """What a careful user should know about a run, on stderr."""
     total = done.totals
+    if job.plan.roles.contradicts:
+        note(
+            f"warning: the order was overruled, though {'; '.join(job.plan.roles.contradicts)}; "
+            "if the files are right, this output has less alignment, not more"
+        )
     if job.method.anchor == "base" and total["energy_kept"] < 1:
         note(
-            f"warning: {percent(1 - total['energy_kept'])} of the alignment update is dropped (--anchor base)"
+            f"warning: {percent(1 - total['energy_kept'])} of the alignment update of the {total['edited']} edited "
+            "tensors is dropped (--anchor base)"
         )
     if total["retention_min"] < 0.99:
         way_out = "--dtype float32 or --as-lora" if job.options.rounding == "auto" else "--rounding auto"

@@ -66,7 +66,9 @@ def _what(manifest: Mapping[str, Any]) -> str:
         "which is meant to make harmful fine-tuning harder.\n\n"
         f"    {manifest['equation']}\n\n"
         f"Equivalent form: {manifest['equivalent']}. Here `P_k` keeps the k strongest singular directions of a "
-        f"weight's change ([paper]({manifest['paper']}))."
+        f"weight's change ([paper]({manifest['paper']})). It applies to the {manifest['totals']['edited']} edited "
+        "tensors; all others are the aligned model's.\n\n"
+        f"Which checkpoint is which: {manifest['roles']}."
     )
 
 
@@ -79,7 +81,7 @@ def _figures(manifest: Mapping[str, Any]) -> str:
     counts = ", ".join(str(total[key]) for key in ("edited", "copied", "unchanged"))
     rows = [
         ("tensors edited, copied, unchanged by alignment", counts),
-        ("share of the update's energy in the kept directions", _share(total["energy_kept"])),
+        ("share of the edited tensors' update that is in the kept rank (energy)", _share(total["energy_kept"])),
         ("share of the edit that the stored weights hold (worst tensor)",
          f"{_share(total['retention'])} ({_share(total['retention_min'])})"),
         ("rounding noise relative to the edit (Frobenius)", _share(total["noise_to_edit"])),
@@ -94,8 +96,8 @@ def _not_known(manifest: Mapping[str, Any]) -> str:
     dropped = ""
     if manifest["options"]["anchor"] == "base":
         dropped = (
-            f" The rest of the alignment update, {_share(1 - manifest['totals']['energy_kept'])} of its energy, "
-            "is not part of this model."
+            f" In the {manifest['totals']['edited']} edited tensors the rest of the alignment update, "
+            f"{_share(1 - manifest['totals']['energy_kept'])} of its energy, is not part of this model."
         )
     return (
         "## What is not known\n\n"
@@ -118,6 +120,8 @@ def _repeat(manifest: Mapping[str, Any]) -> str:
     for key, value in _changed(manifest):
         flag = "--" + key.replace("_", "-")
         words += [flag] if value is True else [flag, str(value)]
+    if manifest["order_overruled"]:
+        words.append("--i-checked-the-order")
     return (
         "## Repeat and verify\n\n"
         f"    {shlex.join(words)}\n    surgery verify .\n\n"

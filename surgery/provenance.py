@@ -120,6 +120,7 @@ def manifest(
         "options": option_values(method, options),
         "inputs": {role: _input(source, input_files[role]) for role, source in sources.items()},
         "roles": plan.roles.summary(),
+        "order_overruled": bool(plan.roles.contradicts),
         "notes": list(plan.notes),
         "versions": versions(),
         "threads": torch.get_num_threads(),

@@ -1,6 +1,7 @@
 """Is an output what its manifest says, and does the edit come out the same when it is repeated?"""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from surgery.plan import Step
 # Entries at the border between two values may round either way. What they carry of the edit together is no more than
 # what compensated rounding leaves of it.
 _ALONG_SLACK = 1e-3
+
+# What a loader of models would read or run, if it lay in the folder.
+_LOADED = frozenset((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py"))
 
 Verdict = Literal["identical", "equivalent"]
 
@@ -97,9 +101,11 @@ def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise CheckError(
                 f"{name} in {folder} is not the file the manifest describes; it was changed or damaged"
             )
-    weights = {path.name for path in folder.glob("*.safetensors")}
-    if extra := sorted(weights - manifest["files"].keys()):
-        raise CheckError(f"{extra[0]} in {folder} is not in the manifest; weights were added after the run")
+    loaded = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in _LOADED}
+    if extra := sorted(loaded - manifest["files"].keys()):
+        raise CheckError(
+            f"{extra[0]} in {folder} is not in the manifest; weights or code were added after the run"
+        )
 
 
 def _sources(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
@@ -133,7 +139,7 @@ def _job(folder: Path, manifest: Mapping[str, Any], *, required: bool, notes: li
             method,
             base=sources["base"],
             model=sources["aligned"],
-            output=folder.with_name(".verify"),
+            output=Path(os.path.abspath(folder)).with_name(".verify"),
             options=options,
         )
         _require_same_inputs(job, manifest)

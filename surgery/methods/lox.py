@@ -174,12 +174,12 @@ class LoX(WeightEdit):
     def equation(self) -> str:
         """The equation in the form that is applied, with numbers."""
         chosen = ", k chosen for each tensor" if self.rank == "auto" else ""
-        return f"W = W_{self.anchor} + {self.alpha:g} * {self._term()}{chosen}"
+        return f"W = W_{self.anchor} + {self.alpha:.12g} * {self._term()}{chosen}"
 
     def equivalent(self) -> str:
         """The same edit with the other anchor, with numbers; exact on the kept subspace."""
         other, shift = ("base", 1) if self.anchor == "aligned" else ("aligned", -1)
-        form = f"W = W_{other} + {self.alpha + shift:g} * {self._term()}"
+        form = f"W = W_{other} + {self.alpha + shift:.12g} * {self._term()}"
         if self.rank == "full":
             return form
         verb = "keeps" if self.anchor == "aligned" else "drops"
@@ -188,7 +188,7 @@ class LoX(WeightEdit):
     def label(self) -> str:
         """`lox-r6-a1.5`, with a `-base` where the anchor is not the default."""
         rank = f"r{self.rank}" if isinstance(self.rank, int) else self.rank
-        return f"lox-{rank}-a{self.alpha:g}" + ("-base" if self.anchor == "base" else "")
+        return f"lox-{rank}-a{self.alpha:.12g}" + ("-base" if self.anchor == "base" else "")
 
 
 def _compiled(option: str, pattern: str | None) -> None:

@@ -363,7 +363,7 @@ options("a_pattern_is_no_regular_expression", 2, ["include is '('", "regular"], 
 options("layers_are_no_range", 2, ["layers is '7'", "--layers 4:20"], "--layers", "7")
 options("json_and_quiet_contradict_each_other", 2, ["--json", "--quiet", "choose one"], "--json")
 options("an_adapter_takes_no_dtype", 2, ["--dtype", "--as-lora"], "--as-lora", "--dtype", "float32")
-options("the_device_is_unknown", 3, ["'abacus'", "--device cpu"], "--device", "abacus")
+options("the_device_is_unknown", 2, ["'abacus'", "--device cpu"], "--device", "abacus")
 
 
 @pytest.mark.parametrize("name", CASES)

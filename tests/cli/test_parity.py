@@ -3,6 +3,9 @@
 import dataclasses
 import hashlib
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -128,7 +131,7 @@ def test_quiet_prints_nothing_but_warnings(pair, tmp_path, capsys):
     assert run("lox", base, aligned, "-o", tmp_path / "two", "-q", "--anchor", "base") == 0
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "of the alignment update is dropped (--anchor base)" in shown.err
+    assert "is dropped (--anchor base)" in shown.err
 
 
 def test_verify_knows_identical_from_changed(pair, tmp_path, capsys):
@@ -150,3 +153,65 @@ def test_help_answers_for_every_command():
         result = CliRunner().invoke(app, [*words, "--help"])
         assert result.exit_code == 0
     assert CliRunner().invoke(app, ["--version"]).output == f"surgery {surgery.__version__}\n"
+
+
+def test_the_card_s_own_commands_work_in_the_output(pair, tmp_path, monkeypatch, capsys):
+    base, aligned = pair
+    assert run("lox", base, aligned, "-o", tmp_path / "out", "-q") == 0
+    monkeypatch.chdir(tmp_path / "out")
+    assert "    surgery verify .\n" in (tmp_path / "out/README.md").read_text()
+    assert run("verify", ".") == 0
+
+
+def test_an_overruled_order_is_told_on_stderr_in_the_card_and_in_the_command(pair, tmp_path, capsys):
+    base, aligned = pair
+    (tmp_path / "base").symlink_to(base)
+    named = tmp_path / "aligned"
+    named.mkdir()
+    for file in aligned.iterdir():
+        (named / file.name).write_bytes(file.read_bytes())
+    (named / "README.md").write_text("---\nbase_model: base\n---\n")
+    words = ("lox", named, tmp_path / "base", "-o", tmp_path / "out")
+    assert run(*words) == 3
+    assert run(*words, "--i-checked-the-order") == 0
+    assert "less alignment, not more" in capsys.readouterr().err
+    card = (tmp_path / "out/README.md").read_text()
+    assert "contradicted: the card of aligned names base" in card
+    assert "--i-checked-the-order" in card
+
+
+def test_code_and_weights_added_to_an_output_are_found(pair, tmp_path, capsys):
+    base, aligned = pair
+    assert run("lox", base, aligned, "-o", tmp_path / "out", "-q") == 0
+    for name in ("pytorch_model.bin", "sub/modeling_x.py"):
+        added = tmp_path / "out" / name
+        added.parent.mkdir(exist_ok=True)
+        added.write_text("x")
+        assert run("verify", tmp_path / "out") == 1
+        assert name in capsys.readouterr().err
+        added.unlink()
+    assert run("verify", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("words", ["--version", "lox --help", "lox {base} {aligned} -o {out}"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_goes_away_is_no_failure(pair, tmp_path, words, unbuffered):
+    command = words.format(base=pair[0], aligned=pair[1], out=tmp_path / "out").split()
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "surgery", *command], stdout=writing, stderr=subprocess.PIPE, env=environment
+    )
+    os.close(writing)
+    assert (done.returncode, b"Broken" in done.stderr) == (0, False), done.stderr
+
+
+@pytest.mark.parametrize("words", [["lox", "a"], ["lox", "a", "b", "--alpha", "1,5"], ["locks"], ["verify"]])
+def test_a_command_that_cannot_be_parsed_is_one_line(words, capsys):
+    assert run(*words) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    [line] = shown.err.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith("--help")
