@@ -97,7 +97,8 @@ def _run(method: type, values: dict[str, Any]) -> None:
         elif not values["quiet"]:
             output.plan(job)
         return
-    done = pipeline.run(job, output.ShardProgress(quiet=values["quiet"]))
+    with output.ShardProgress(quiet=values["quiet"]) as progress:
+        done = pipeline.run(job, progress)
     if values["json"]:
         output.document(done.document())
     elif not values["quiet"]:

@@ -51,6 +51,14 @@ class ShardProgress:
         self._bars: Bars | None = None
         self._task: Any = None
 
+    def __enter__(self) -> "ShardProgress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bars is not None:
+            # Also after an error: a bar that goes on hides the cursor.
+            self._bars.stop()
+
     def __call__(self, shard: str, done: int, total: int) -> None:
         """Show that `done` of `total` shards are written, the last one `shard`."""
         if self._quiet:
@@ -61,8 +69,6 @@ class ShardProgress:
         if self._bars is None:
             self._bars, self._task = _started_bars(total)
         self._bars.update(self._task, completed=done, description=shard)
-        if done == total:
-            self._bars.stop()
 
 
 def _started_bars(total: int) -> "tuple[Bars, Any]":

@@ -46,7 +46,9 @@ def _metadata(manifest: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict
     parent = _anchor(manifest) if adapter else manifest["inputs"]["aligned"]
     kept = {key: inherited[key] for key in _INHERITED if inherited.get(key)}
     own = ["surgery", manifest["method"], "safety"]
-    tags = [tag for tag in inherited.get("tags") or [] if isinstance(tag, str) and tag not in own]
+    given = inherited.get("tags") or []
+    listed = given if isinstance(given, list) else [given]
+    tags = [tag for tag in listed if isinstance(tag, str) and tag not in own]
     return {
         **kept,
         "library_name": "peft" if adapter else inherited.get("library_name", "transformers"),

@@ -44,6 +44,7 @@ class Job:
             "method": self.method.name,
             "options": provenance.option_values(self.method, self.options),
             "threads": torch.get_num_threads(),
+            "device": compute_device(self.options).type,
             "base": checkpoint_fingerprint(self.base, self.sources["base"]),
             "aligned": checkpoint_fingerprint(self.aligned, self.sources["aligned"], carried),
         }
@@ -138,9 +139,8 @@ def _plan(
         refuse_unplaceable(method, aligned, base, steps)
     sidecars = list_sidecars(aligned)
     read = sum(aligned.tensors[step.name].nbytes for step in steps.values())
-    read += sum(
-        base.tensors[step.base].nbytes for step in steps.values() if step.action == "edit" and step.base
-    )
+    # Of tensors that are copied the partner is read too, for NaN and infinity.
+    read += sum(base.tensors[step.base].nbytes for step in steps.values() if step.base)
     written = sum(output_size(step) for step in steps.values())
     written += sum((aligned.folder / name).stat().st_size for name in sidecars.carried)
     written = adapter_size(method, steps) if options.as_lora else written

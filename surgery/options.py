@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_doc import Doc
 
+from surgery.choices import require_choices
 from surgery.errors import UsageError
 
 
@@ -32,6 +33,7 @@ class Options:
     ] = False
 
     def __post_init__(self) -> None:
+        require_choices(self)
         if self.as_lora and self.dtype != "keep":
             raise UsageError("an adapter's factors are float32; leave out --dtype with --as-lora")
         if not 0 <= self.seed < 2**63:

@@ -35,7 +35,7 @@ class Roles:
 def card_metadata(folder: Path) -> dict[str, Any]:
     """The YAML front matter of a model card, empty where there is none that can be read."""
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
+        text = (folder / "README.md").read_text(encoding="utf-8-sig")
         found = _FRONT_MATTER.match(text)
         parsed = yaml.safe_load(found[1]) if found else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

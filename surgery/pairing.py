@@ -18,6 +18,7 @@ class Pairing:
         partner: Base name by aligned name.
         only_aligned: Aligned names without a partner, in their order.
         only_base: Base names without a partner, in their order.
+        exchange: Prefix in aligned, and what stands in its place in base; both empty where names are the same.
         note: How prefixes were exchanged; empty where names are the same.
     """
 
@@ -25,6 +26,12 @@ class Pairing:
     only_aligned: tuple[str, ...]
     only_base: tuple[str, ...]
     note: str = ""
+    exchange: tuple[str, str] = ("", "")
+
+    def base_name(self, name: str) -> str:
+        """What an aligned tensor would be called in base."""
+        strip, add = self.exchange
+        return add + name.removeprefix(strip) if name.startswith(strip) else name
 
 
 def pair_names(aligned: Iterable[str], base: Iterable[str]) -> Pairing:
@@ -47,16 +54,23 @@ def pair_names(aligned: Iterable[str], base: Iterable[str]) -> Pairing:
         return _paired(aligned, base, {name: name for name in aligned if name in same}, "")
     (strip, add), partner = best
     note = f"names are paired by prefix: {strip or '(none)'} in aligned is {add or '(none)'} in base"
-    return _paired(aligned, base, partner, note)
+    return _paired(aligned, base, partner, note, (strip, add))
 
 
-def _paired(aligned: list[str], base: list[str], partner: Mapping[str, str], note: str) -> Pairing:
+def _paired(
+    aligned: list[str],
+    base: list[str],
+    partner: Mapping[str, str],
+    note: str,
+    exchange: tuple[str, str] = ("", ""),
+) -> Pairing:
     taken = set(partner.values())
     return Pairing(
         partner,
         tuple(name for name in aligned if name not in partner),
         tuple(name for name in base if name not in taken),
         note,
+        exchange,
     )
 
 

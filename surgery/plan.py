@@ -163,7 +163,7 @@ def _refuse_leftovers(method: WeightEdit, aligned: Checkpoint, base: Checkpoint,
         info = aligned.tensors[name]
         if not method.choose(info, aligned.config).edit:
             continue
-        if kind_of(info, aligned.config) == "head" or not _is_new_module(name, base):
+        if kind_of(info, aligned.config) == "head" or not _is_new_module(pairing.base_name(name), base):
             raise InputError(
                 f"the aligned checkpoint has {name}, the base has no such tensor, so its change is unknown; "
                 f"to copy it as it is: --exclude '{re.escape(name)}'"

@@ -215,7 +215,7 @@ def _judge(
     words: tuple[int, int],
 ) -> Stored:
     seed = words[0] | words[1] << 31
-    noise_energy, largest = norms(job.noise(), job.anchor.shape, job.edit.dtype, seed)
+    noise_energy, largest = norms(job.noise(), job.anchor.shape, job.edit.dtype, seed, job.out.device)
     edit_energy, inner = float(energy.sum()), float((job.edit.core * found).sum())
     return Stored(
         weight=job.out.view(shape),

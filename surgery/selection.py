@@ -34,6 +34,8 @@ _EMBEDDINGS = frozenset(
 _HEADS = frozenset(["lm_head", "embed_out", "output", "head", "score"])
 _ROUTERS = frozenset(["gate", "router", "shared_expert_gate"])
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# Names under which Granite and JetMoE stack their experts; taken for experts only with a count in the config.
+_STACKED = frozenset(["input_linear", "output_linear"])
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 
 
@@ -57,10 +59,13 @@ def _modules(name: str) -> list[str]:
 
 def holds_experts(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> bool:
     """Whether a 3-D tensor is a stack of expert matrices: by its name, and by the config where that counts them."""
-    if len(shape) != 3 or not any("expert" in part for part in name.split(".")):
+    if len(shape) != 3:
         return False
     counts = [config[key] for key in _EXPERT_COUNTS if isinstance(config.get(key), int)]
-    return not counts or shape[0] in counts
+    parts = name.split(".")
+    if any("expert" in part for part in parts):
+        return not counts or shape[0] in counts
+    return shape[0] in counts and not _STACKED.isdisjoint(parts)
 
 
 def kind_of(tensor: TensorInfo, config: Mapping[str, Any]) -> Kind:

@@ -14,7 +14,7 @@ from surgery import methods, provenance
 from surgery.checkpoint.layout import Checkpoint, open_checkpoint
 from surgery.checkpoint.reader import Reader, file_sha256
 from surgery.checkpoint.staging import MANIFEST
-from surgery.editing import Editor, Record, copied
+from surgery.editing import Editor, Record, cast, copied
 from surgery.errors import CheckError, InputError, SurgeryError
 from surgery.job import Job, prepare
 from surgery.options import Options
@@ -60,7 +60,8 @@ def verify(folder: str | Path, *, recompute: bool = False, strict: bool = False)
         InputError: There is no manifest, or the sources are needed and not there.
         CheckError: A file or tensor is not what the manifest says.
     """
-    folder = Path(folder)
+    # Absolute: `.` has no name, and what is read beside the folder goes by it.
+    folder = Path(os.path.abspath(folder))
     manifest = _manifest(folder)
     _check_files(folder, manifest)
     notes: list[str] = []
@@ -139,7 +140,7 @@ def _job(folder: Path, manifest: Mapping[str, Any], *, required: bool, notes: li
             method,
             base=sources["base"],
             model=sources["aligned"],
-            output=Path(os.path.abspath(folder)).with_name(".verify"),
+            output=folder.with_name(".verify"),
             options=options,
         )
         _require_same_inputs(job, manifest)
@@ -167,7 +168,7 @@ def _unedited(folder: Path, job: Job) -> list[Step]:
     """Steps whose tensor is a copy: planned so, or left unchanged by alignment."""
     lines = (folder / provenance.TENSORS).read_text(encoding="utf-8").splitlines()
     edited = {record["name"] for record in map(json.loads, lines) if record["action"] == "edit"}
-    return [step for step in job.plan.steps.values() if step.name not in edited]
+    return [step for step in job.plan.steps.values() if step.action == "copy" or step.name not in edited]
 
 
 def _check_copied(folder: Path, job: Job) -> int:
@@ -196,9 +197,13 @@ def _recompute(folder: Path, job: Job, *, strict: bool, notes: list[str]) -> Ver
         editor = Editor(job.method, job.options, aligned, base)
         for step in job.plan.edits:
             edited = editor.edit(step)
-            if edited.tensor is None:
-                continue
             stored = reader.read(step.name)
+            if edited.tensor is None:
+                if not torch.equal(stored, cast(aligned.read(step.name), stored.dtype, step.name)):
+                    raise CheckError(
+                        f"{step.name} was left unchanged by alignment, and the output changes it"
+                    )
+                continue
             if not torch.equal(stored, edited.tensor):
                 anchor = (
                     aligned.read(step.name) if job.method.anchor == "aligned" else base.read(step.base or "")

@@ -67,7 +67,8 @@ def stochastic(words: tuple[int, int]) -> Rounder:
         quantum = ((exponent.clamp_(min=smallest) + 1023) << 52).view(torch.float64)
         steps = values / quantum
         below = steps.floor()
-        up = philox.uniform(start, values.numel(), words).view_as(values) < steps - below
+        drawn = philox.uniform(start, values.numel(), words).to(values.device)
+        up = drawn.view_as(values) < steps - below
         # `where`, not a sum: -0.0 + 0.0 would lose the sign.
         return (torch.where(up, below + 1, below) * quantum).to(dtype)
 
@@ -170,7 +171,10 @@ class Dense(AbstractEdit):
 
     def spectral(self, seed: int) -> Tensor:
         """By the same estimate as the noise."""
-        return norms(lambda at: self._edit[at].to(self.dtype), self._edit.shape, self.dtype, seed)[1]
+        return norms(self._tile, self._edit.shape, self.dtype, seed, self._edit.device)[1]
+
+    def _tile(self, at: Tile) -> Tensor:
+        return self._edit[at].to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -221,7 +225,7 @@ class Pass:
 
 
 def norms(
-    tile: Callable[[Tile], Tensor], shape: torch.Size, dtype: torch.dtype, seed: int
+    tile: Callable[[Tile], Tensor], shape: torch.Size, dtype: torch.dtype, seed: int, device: torch.device
 ) -> tuple[Float64[Tensor, " batch"], Float64[Tensor, " batch"]]:
     """Squared Frobenius norm and spectral norm of each (m, n) matrix of a batch that is given tile by tile.
 
@@ -231,6 +235,7 @@ def norms(
     batch, _, n = shape
     exact = n <= _PASSES * _WIDTH
     block = torch.eye(n, dtype=torch.float64).expand(batch, n, n) if exact else _start(batch, n, seed)
+    block = block.to(device)
     basis = images = block[..., :0]
     for _ in range(1 if exact else _PASSES):
         image, energy = _gram(tile, shape, block.to(dtype))

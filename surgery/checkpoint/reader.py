@@ -66,7 +66,8 @@ class Reader:
     def _pickled(self, shard: Shard, info: TensorInfo) -> Tensor:
         with self._lock:
             if shard.name not in self._pickles:
-                self._pickles[shard.name] = load_pickle(shard.path, self._label(shard))
+                # One at a time: the oldest kind is read whole, and memory must not grow with their number.
+                self._pickles = {shard.name: load_pickle(shard.path, self._label(shard))}
             tensor = self._pickles[shard.name].get(info.name)
         if tensor is None or tensor.shape != info.shape or tensor.dtype != torch_dtype(info.dtype):
             raise InputError(f"{self._label(shard)} changed after it was first read; run again")

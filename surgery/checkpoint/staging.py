@@ -167,8 +167,14 @@ class Staging:
         fsync_folder(self.path)
         refuse_existing(self.output, overwrite=self._overwrite)
         if self.output.is_dir() and any(self.output.iterdir()):
-            _exchange(self.path, self.output)
-            shutil.rmtree(self.path)
+            # The old folder is locked before it takes this name: no other run may begin in it while it is removed.
+            old = os.open(self.output, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(old, fcntl.LOCK_EX)
+                _exchange(self.path, self.output)
+                shutil.rmtree(self.path)
+            finally:
+                os.close(old)
         else:
             os.rename(self.path, self.output)
         fsync_folder(self.output.parent)

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from surgery import spectral
 from surgery.checkpoint.header import TensorInfo
+from surgery.choices import require_choices
 from surgery.errors import InputError, UsageError
 from surgery.methods.base import Choice, WeightEdit, WeightUpdate
 from surgery.selection import kind_of, layer_of
@@ -77,6 +78,7 @@ class LoX(WeightEdit):
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.15606"
 
     def __post_init__(self) -> None:
+        require_choices(self)
         self._check_rank()
         self._check_alpha()
         if not 0 < self.tol < 1:

@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # Who may import whom: a module imports only from its own row and the rows above.
 LAYERS = [
-    ["surgery.errors", "surgery.resources", "surgery.kernels", "surgery.demo"],
+    ["surgery.errors", "surgery.choices", "surgery.resources", "surgery.kernels", "surgery.demo"],
     ["surgery.checkpoint", "surgery.spectral", "surgery.rounding", "surgery.hub"],
     ["surgery.selection", "surgery.order", "surgery.pairing", "surgery.options", "surgery.fused"],
     ["surgery.methods"],

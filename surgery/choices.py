@@ -1,0 +1,47 @@
+"""Records refuse what their types do not allow, whether a command or a program made them."""
+
+import dataclasses
+import inspect
+import types
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from surgery.errors import UsageError
+
+
+def require_choices(record: Any) -> None:
+    """Refuse a record with a value that its field's type does not list.
+
+    Raises:
+        UsageError: Naming the field and what it may be.
+    """
+    hints = inspect.get_annotations(type(record), eval_str=True)
+    for field in dataclasses.fields(record):
+        value, kind = getattr(record, field.name), hints[field.name]
+        if not _allowed(value, kind):
+            raise UsageError(f"{field.name.replace('_', '-')} is {value!r}; it must be {_spelled(kind)}")
+
+
+def _plain(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _allowed(value: Any, kind: Any) -> bool:
+    kind = _plain(kind)
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(_allowed(value, member) for member in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is kind
+
+
+def _spelled(kind: Any) -> str:
+    kind = _plain(kind)
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(_spelled(member) for member in get_args(kind))
+    if get_origin(kind) is Literal:
+        return ", ".join(get_args(kind))
+    return (
+        "nothing" if kind is types.NoneType else {int: "a whole number", str: "text"}.get(kind, kind.__name__)
+    )
