@@ -1,47 +1,58 @@
-"""Block Krylov iteration on `delta` and its transpose, one product at a time.
+"""Block Krylov iteration on a matrix and its transpose, one product at a time.
 
-From a random block on the shorter side the iteration multiplies alternately by `delta` and `delta^T`; every
+From a random block on the shorter side the iteration multiplies alternately by the matrix and its transpose; every
 product is made orthonormal against everything its side already holds. The two bases then span the
 block Krylov spaces of `delta^T delta` and `delta delta^T` (Golub and Kahan's bidiagonalisation in
 blocks; Musco and Musco, NeurIPS 2015, for its accuracy), and every product ever made stays in memory, so that
-residuals of approximate singular vectors cost no further pass over `delta`.
+residuals of approximate singular vectors cost no further pass over the matrix.
 
-Products run in the dtype of `delta`; everything of the size of the Krylov dimension is float64.
+Products run in the dtype of the matrix; everything of the size of the Krylov dimension is float64. Bases and
+products are held transposed, one vector a row, so that a basis grows in place.
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from surgery.kernels.orthonormalise import orthonormalise, polish
 
-_T = TypeVar("_T")
+# Rows of a basis taken to float64 at once.
+_WIDE_ROWS = 64
 
 
-@dataclass(frozen=True)
-class Krylov:
-    """The iteration after some number of products; pairs are (starting side, other side).
+@runtime_checkable
+class Operator(Protocol):
+    """A batch of (m, n) matrices known by its products; `rows` holds vectors as rows."""
 
-    `images[s]` holds the products of `bases[s]`, block by block, and together they equal
-    `bases[1 - s] @ coefficients[s]` up to roundoff. The basis extended last has no product of its newest block yet.
-    """
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    device: torch.device
 
-    delta: Float[Tensor, "batch m n"]
-    bases: tuple[Tensor, Tensor]
-    images: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
-    coefficients: tuple[Tensor, Tensor]
-    block: int
-    passes: int
-    starts_right: bool
-    generator: torch.Generator
+    def times(self, rows: Float[Tensor, "batch b n"]) -> Float[Tensor, "batch b m"]:
+        """`(matrix @ rows^T)^T`."""
 
-    @property
-    def dimension(self) -> int:
-        """Columns of the space in which singular vectors are sought."""
-        return self.block * len(self.images[self.passes % 2])
+    def transposed_times(self, rows: Float[Tensor, "batch b m"]) -> Float[Tensor, "batch b n"]:
+        """`(matrix^T @ rows^T)^T`."""
+
+
+class Stored:
+    """Matrices held in memory."""
+
+    def __init__(self, delta: Float[Tensor, "batch m n"]) -> None:
+        self._delta = delta
+        batch, m, n = delta.shape
+        self.shape, self.dtype, self.device = (batch, m, n), delta.dtype, delta.device
+
+    def times(self, rows: Tensor) -> Tensor:
+        """`(matrix @ rows^T)^T`; both products read the matrix along its rows."""
+        return torch.bmm(self._delta, rows.mT.contiguous()).mT.contiguous()
+
+    def transposed_times(self, rows: Tensor) -> Tensor:
+        """`(matrix^T @ rows^T)^T`."""
+        return torch.bmm(rows, self._delta)
 
 
 @dataclass(frozen=True)
@@ -52,112 +63,129 @@ class Ritz:
     `leak` holds, per triplet, the residual on the inner side in coordinates of its newest block.
     """
 
-    values: Float[Tensor, "batch l"]
-    outer: Float[Tensor, "batch d_outer l"]
-    inner: Float[Tensor, "batch d_inner l"]
-    leak: Float[Tensor, "batch b l"]
+    values: Float64[Tensor, "batch l"]
+    outer: Float64[Tensor, "batch d_outer l"]
+    inner: Float64[Tensor, "batch d_inner l"]
+    leak: Float64[Tensor, "batch b l"]
 
 
 @dataclass(frozen=True)
 class Triplets:
-    """Approximate singular triplets of `delta` with measured residuals, all float64.
+    """Approximate singular triplets with measured residuals, all float64, one vector a row.
 
     `inner_residual` is `op^T u - s v` and `outer_residual` is `op v - s u`, where v are the inner vectors, u the
-    outer ones and op is `delta` when the inner side is the right one and its transpose otherwise.
+    outer ones and op is the matrix when the inner side is the right one and its transpose otherwise.
     """
 
-    left: Float[Tensor, "batch m l"]
-    values: Float[Tensor, "batch l"]
-    right: Float[Tensor, "batch n l"]
-    inner_residual: Float[Tensor, "batch inner l"]
-    outer_residual: Float[Tensor, "batch outer l"]
+    left: Float64[Tensor, "batch l m"]
+    values: Float64[Tensor, "batch l"]
+    right: Float64[Tensor, "batch l n"]
+    inner_residual: Float64[Tensor, "batch l inner"]
+    outer_residual: Float64[Tensor, "batch l outer"]
 
 
-def start(delta: Float[Tensor, "batch m n"], block: int, generator: torch.Generator) -> Krylov:
-    """The iteration before its first product: one random orthonormal block on the shorter side.
+class _Rows:
+    """Rows that are added to in place: a buffer that doubles when it is full."""
 
-    Every matrix of the batch starts from the same block.
+    def __init__(self, batch: int, width: int, like: Operator, capacity: int) -> None:
+        self._buffer = torch.empty(batch, capacity, width, dtype=like.dtype, device=like.device)
+        self.count = 0
 
-    Args:
-        delta: Float32 or float64 matrices.
-        block: Columns per product, from 1 to min(m, n).
-        generator: Source of the random block, on the CPU.
+    @property
+    def filled(self) -> Tensor:
+        return self._buffer[:, : self.count]
+
+    def append(self, rows: Tensor) -> None:
+        batch, capacity, width = self._buffer.shape
+        total = self.count + rows.shape[-2]
+        if total > capacity:
+            grown = self._buffer.new_empty(batch, max(2 * capacity, total), width)
+            grown[:, : self.count] = self.filled
+            self._buffer = grown
+        self._buffer[:, self.count : total] = rows
+        self.count = total
+
+
+class Krylov:
+    """The iteration; sides are 0, where it starts, and 1.
+
+    `images[s]` holds the products of `bases[s]`; as columns they equal `bases[1 - s]^T @ coefficients[s]` up
+    to roundoff. The basis extended last has no product of its newest block yet.
+
+    Attributes:
+        block: Vectors per product.
+        passes: Products made.
+        starts_right: Whether side 0 is the right one: the shorter side, the right one of a square matrix.
     """
-    m, n = delta.shape[-2:]
-    starts_right = n <= m
-    short, long = min(m, n), max(m, n)
-    drawn = torch.randn(short, block, generator=generator, dtype=torch.float64).to(delta)
-    nothing = delta.new_zeros(len(delta), short, 0)
-    first, _ = orthonormalise(drawn.expand(len(delta), -1, -1), nothing, generator)
-    other = delta.new_zeros(len(delta), long, 0)
-    none = [first.new_zeros(len(delta), rows, 0, dtype=torch.float64) for rows in (0, block)]
-    return Krylov(delta, (first, other), ((), ()), (none[0], none[1]), block, 0, starts_right, generator)
+
+    def __init__(self, operator: Operator, block: int, generator: torch.Generator) -> None:
+        """The iteration before its first product: one random orthonormal block, the same for the whole batch.
+
+        Args:
+            operator: Float32 or float64 matrices.
+            block: Vectors per product, from 1 to min(m, n).
+            generator: Source of the random block, on the CPU.
+        """
+        batch, m, n = operator.shape
+        self.block, self.passes, self.starts_right = block, 0, n <= m
+        self._operator, self._generator = operator, generator
+        sides = (n, m) if self.starts_right else (m, n)
+        self._bases = tuple(_Rows(batch, width, operator, 8 * block) for width in sides)
+        self._images = tuple(_Rows(batch, width, operator, 8 * block) for width in reversed(sides))
+        drawn = torch.randn(block, sides[0], generator=generator)
+        drawn = drawn.to(operator.device, operator.dtype).expand(batch, -1, -1)
+        first, _ = orthonormalise(drawn, self._bases[0].filled, generator)
+        self._bases[0].append(first)
+        wide = {"dtype": torch.float64, "device": operator.device}
+        self._coefficients = [torch.zeros(batch, rows, 0, **wide) for rows in (0, block)]
+
+    @property
+    def dimension(self) -> int:
+        """Vectors in the space in which singular vectors are sought."""
+        return self._images[self.passes % 2].count
+
+    def advance(self) -> None:
+        """Make one more product."""
+        side = self.passes % 2
+        newest = self._bases[side].filled[:, -self.block :]
+        forward = (side == 0) == self.starts_right
+        image = self._operator.times(newest) if forward else self._operator.transposed_times(newest)
+        rows, coefficients = orthonormalise(image, self._bases[1 - side].filled, self._generator)
+        self._images[side].append(image)
+        self._bases[1 - side].append(rows)
+        padded = torch.nn.functional.pad(self._coefficients[side], (0, 0, 0, self.block))
+        self._coefficients[side] = torch.cat([padded, coefficients], dim=-1)
+        self.passes += 1
+
+    def ritz(self, count: int) -> Ritz:
+        """The `count` largest approximate triplets (fewer if the space is smaller), after two products or more."""
+        inner = self.passes % 2
+        outer, values, rows = torch.linalg.svd(self._coefficients[inner], full_matrices=False)
+        outer, values, coordinates = outer[..., :count], values[..., :count], rows[..., :count, :].mT
+        leak = self._coefficients[1 - inner][..., -self.block :, :] @ outer
+        return Ritz(values, outer, coordinates, leak)
+
+    def triplets(self, found: Ritz) -> Triplets:
+        """Singular vectors and measured residuals of Ritz triplets, from products already made."""
+        inner = self.passes % 2
+        v, op_v = self._pair(inner, found.inner)
+        u, op_u = self._pair(1 - inner, found.outer)
+        values = found.values.unsqueeze(-1)
+        right, left = (v, u) if (inner == 0) == self.starts_right else (u, v)
+        return Triplets(left, found.values, right, op_u - v * values, op_v - u * values)
+
+    def _pair(self, side: int, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """Orthonormal vectors at `coordinates` of one basis, and their products."""
+        vectors = _combine(self._bases[side].filled, coordinates)
+        nearest = polish(vectors)
+        return nearest @ vectors, _combine(self._images[side].filled, coordinates @ nearest)
 
 
-def advance(state: Krylov) -> Krylov:
-    """The iteration after one more product."""
-    side = state.passes % 2
-    newest = state.bases[side][..., -state.block :]
-    image = _multiply(state.delta, newest, plain=(side == 0) == state.starts_right)
-    columns, coefficients = orthonormalise(image, state.bases[1 - side], state.generator)
-    extended = torch.cat([state.bases[1 - side], columns], dim=-1)
-    padded = torch.nn.functional.pad(state.coefficients[side], (0, 0, 0, state.block))
-    expressed = torch.cat([padded, coefficients], dim=-1)
-    return Krylov(
-        delta=state.delta,
-        bases=_with(state.bases, 1 - side, extended),
-        images=_with(state.images, side, (*state.images[side], image)),
-        coefficients=_with(state.coefficients, side, expressed),
-        block=state.block,
-        passes=state.passes + 1,
-        starts_right=state.starts_right,
-        generator=state.generator,
-    )
-
-
-def ritz(state: Krylov, count: int) -> Ritz:
-    """The `count` largest approximate singular triplets (fewer if the space is smaller), after two passes or more."""
-    inner = state.passes % 2
-    outer, values, rows = torch.linalg.svd(state.coefficients[inner], full_matrices=False)
-    outer, values, coordinates = outer[..., :count], values[..., :count], rows[..., :count, :].mT
-    leak = state.coefficients[1 - inner][..., -state.block :, :] @ outer
-    return Ritz(values, outer, coordinates, leak)
-
-
-def triplets(state: Krylov, found: Ritz) -> Triplets:
-    """Singular vectors and measured residuals of Ritz triplets, from products already made."""
-    inner = state.passes % 2
-    v, op_v = _pair(state, inner, found.inner)
-    u, op_u = _pair(state, 1 - inner, found.outer)
-    values = found.values.unsqueeze(-2)
-    right, left = (v, u) if (inner == 0) == state.starts_right else (u, v)
-    return Triplets(left, found.values, right, op_u - v * values, op_v - u * values)
-
-
-def _with(pair: tuple[_T, _T], side: int, value: _T) -> tuple[_T, _T]:
-    return (value, pair[1]) if side == 0 else (pair[0], value)
-
-
-def _multiply(delta: Tensor, block: Tensor, *, plain: bool) -> Tensor:
-    """`delta @ block` or `delta^T @ block`, both reading `delta` along its rows."""
-    return delta @ block if plain else (block.mT.contiguous() @ delta).mT.contiguous()
-
-
-def _pair(state: Krylov, side: int, coordinates: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal vectors at `coordinates` of one basis, and their products."""
-    vectors = _combine(_blocks(state.bases[side], state.block), coordinates)
-    nearest = polish(vectors)
-    return vectors @ nearest, _combine(state.images[side], coordinates @ nearest)
-
-
-def _combine(blocks: tuple[Tensor, ...], coordinates: Tensor) -> Tensor:
-    """Columns at `coordinates` of the first blocks, in float64, one block at a time to hold no copy of all."""
-    parts = _blocks(coordinates.mT, blocks[0].shape[-1])
-    total: Tensor = blocks[0].double() @ parts[0].mT
-    for block, part in zip(blocks[1:], parts[1:], strict=False):
-        total += block.double() @ part.mT
+def _combine(rows: Tensor, coordinates: Tensor) -> Tensor:
+    """Vectors at `coordinates` of the first rows, in float64; few rows at a time, to hold no wide copy of all."""
+    weights = coordinates.mT
+    total = torch.zeros(len(rows), weights.shape[1], rows.shape[-1], dtype=torch.float64, device=rows.device)
+    for begin in range(0, weights.shape[-1], _WIDE_ROWS):
+        part = weights[..., begin : begin + _WIDE_ROWS]
+        total = torch.baddbmm(total, part, rows[:, begin : begin + part.shape[-1]].double())
     return total
-
-
-def _blocks(columns: Tensor, size: int) -> tuple[Tensor, ...]:
-    return tuple(columns[..., begin : begin + size] for begin in range(0, columns.shape[-1], size))

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from surgery.kernels import block_krylov, residual_bounds
-from surgery.kernels.block_krylov import Krylov, Ritz, Triplets
+from surgery.kernels import residual_bounds
+from surgery.kernels.block_krylov import Krylov, Operator, Ritz, Stored, Triplets
 from surgery.kernels.orthonormalise import polish
 from surgery.kernels.residual_bounds import Bounds, Residuals
 
@@ -26,11 +26,11 @@ _SMALL = 128
 _WIDE = 1024
 # Columns multiplied at once: at least this many, and this many beyond the rank.
 _BLOCK, _OVERSAMPLING = 16, 8
-# Up to this dimension the small problem is solved after every product, then each time their number has grown by a
-# tenth.
-_CHEAP = 128
+# Products after which the small problem is first solved (exact low rank shows at once), solved again, and the
+# largest growth of their number in between: solving it costs the cube of the dimension.
+_LOOKS, _GROWTH = (3, 6), 1.25
 # Further passes granted to turn a certified energy into a certified subspace, and how near that must be.
-_GRACE, _NEAR = 4, 16.0
+_GRACE, _NEAR = 2, 8.0
 # Products after which spikes above the hard threshold have shown themselves: they stand 15 % above the bulk.
 _LOOK = 8
 
@@ -72,6 +72,28 @@ class _Patience:
         return resolved | (captured & ((reached.error > _NEAR * self.tol) | late))
 
 
+@dataclass
+class _Schedule:
+    """When to solve the small problem: at the first looks, then when the residuals are expected to be small enough."""
+
+    due: int = _LOOKS[0]
+    before: tuple[int, float] | None = None
+
+    def after(self, passes: int, missing: float) -> None:
+        """Set the next look; `missing` is how many times too large the residuals' energy is."""
+        sooner = [look for look in _LOOKS if look > passes]
+        self.due = sooner[0] if sooner else self._expected(passes, missing)
+        self.before = (passes, missing)
+
+    def _expected(self, passes: int, missing: float) -> int:
+        latest = math.ceil(_GROWTH * passes)
+        if missing <= 1 or self.before is None:
+            return passes + 1
+        rate = math.log(self.before[1] / missing) / (passes - self.before[0])
+        wait = math.log(missing) / rate if rate > 0 else math.inf
+        return max(passes + 1, math.ceil(min(latest, passes + wait)))
+
+
 def certified(
     delta: Float[Tensor, "batch m n"],
     energy: Float[Tensor, " batch"],
@@ -88,14 +110,18 @@ def certified(
         generator: Source of the random start, on the CPU.
         tol: Relative error of the subspace, or square root of the relative energy deficit, to certify.
     """
-    short = min(delta.shape[-2:])
-    if short <= _SMALL or 3 * _block(rank) > _room(short):
+    if is_small(min(delta.shape[-2:]), rank):
         return exact(delta, energy, rank)
-    found, settled = _iterate(delta, energy, rank, generator, tol)
+    found, settled = _iterate(Stored(delta), energy, rank, generator, tol)
     stuck = (~settled).nonzero().flatten()
     if len(stuck) == 0:
         return found
     return _replaced(found, stuck, exact(delta[stuck], energy[stuck], rank))
+
+
+def is_small(short: int, rank: int) -> bool:
+    """Whether matrices with this shorter side are decomposed in full from the outset."""
+    return short <= _SMALL or 3 * _block(rank) > _room(short)
 
 
 def exact(delta: Float[Tensor, "batch m n"], energy: Float[Tensor, " batch"], rank: int) -> Decomposition:
@@ -107,8 +133,8 @@ def exact(delta: Float[Tensor, "batch m n"], energy: Float[Tensor, " batch"], ra
     work = delta.double() if short <= _WIDE else delta
     left, values, rows = torch.linalg.svd(work, full_matrices=False)
     count = min(rank + 1, short)
-    left, values, right = left[..., :count], values[..., :count].double(), rows[..., :count, :].mT
-    triplets = _measured(work, left, values, right)
+    left, values, right = left[..., :count].mT.contiguous(), values[..., :count].double(), rows[..., :count, :]
+    triplets = _measured(work, left, values, right.contiguous())
     reached = _judge(triplets, energy, rank, ROUNDOFF[work.dtype], ROUNDOFF[delta.dtype])
     verdicts = [Verdict(*pair, "exact", 0, short) for pair in zip(*_lists(reached), strict=True)]
     return _first(triplets, rank, verdicts)
@@ -126,10 +152,10 @@ def prominent_values(
     if short <= _SMALL or (_LOOK // 2 + 1) * block > short:
         values: Tensor = torch.linalg.svdvals(delta.double() if short <= _WIDE else delta)
         return values.double()
-    state = block_krylov.start(delta, block, generator)
+    state = Krylov(Stored(delta), block, generator)
     for _ in range(_LOOK):
-        state = block_krylov.advance(state)
-    return block_krylov.ritz(state, block).values
+        state.advance()
+    return state.ritz(block).values
 
 
 def _block(rank: int) -> int:
@@ -143,23 +169,22 @@ def _room(short: int) -> int:
 
 
 def _iterate(
-    delta: Tensor, energy: Tensor, rank: int, generator: torch.Generator, tol: float
+    operator: Operator, energy: Tensor, rank: int, generator: torch.Generator, tol: float
 ) -> tuple[Decomposition, Tensor]:
     """Triplets once all are certified or the room is used up, and which of them are certified."""
-    state = block_krylov.start(delta, _block(rank), generator)
-    patience = _Patience(tol)
-    roundoff = ROUNDOFF[delta.dtype]
-    due = 2
+    state = Krylov(operator, _block(rank), generator)
+    patience, schedule = _Patience(tol), _Schedule()
+    roundoff, room = ROUNDOFF[operator.dtype], _room(min(operator.shape[1:]))
     while True:
-        state = block_krylov.advance(state)
-        full = state.dimension + state.block > _room(min(delta.shape[-2:]))
-        if state.passes < due and not full:
+        state.advance()
+        full = state.dimension + state.block > room
+        if state.passes < schedule.due and not full:
             continue
-        due = state.passes + 1 if state.dimension <= _CHEAP else math.ceil(1.1 * state.passes)
-        found = block_krylov.ritz(state, state.block)
-        if not (full or _promises(found, energy, rank, roundoff, patience, state.passes)):
+        found = state.ritz(state.block)
+        promised = _promises(found, energy, rank, roundoff, patience, schedule, state.passes)
+        if not (full or promised):
             continue
-        triplets = block_krylov.triplets(state, found)
+        triplets = state.triplets(found)
         reached = _judge(triplets, energy, rank, roundoff, roundoff)
         settled = patience.settled(reached, state.passes)
         if full or bool(settled.all()):
@@ -167,13 +192,22 @@ def _iterate(
 
 
 def _promises(
-    found: Ritz, energy: Tensor, rank: int, roundoff: float, patience: _Patience, passes: int
+    found: Ritz,
+    energy: Tensor,
+    rank: int,
+    roundoff: float,
+    patience: _Patience,
+    schedule: _Schedule,
+    passes: int,
 ) -> bool:
-    """Whether the residuals that the recurrences predict would settle every matrix."""
+    """Whether the residuals that the recurrences predict would settle every matrix; if not, when to look again."""
     gram = found.leak.mT @ found.leak
     missed = torch.diagonal(gram, dim1=-2, dim2=-1)[:, :rank].sum(-1)
-    # Every bound on the energy deficit exceeds this sum: most passes need no closer look.
-    if bool((missed > patience.tol**2 * found.values[:, :rank].square().sum(-1)).any()):
+    # Every bound on the energy deficit exceeds this: most looks need no closer one.
+    least = patience.tol**2 * found.values[:, :rank].square().sum(-1)
+    missing = float((missed / least).nan_to_num(0.0).max())
+    schedule.after(passes, missing)
+    if missing > 1:
         return False
     predicted = Residuals(found.values, gram, torch.zeros_like(found.values), energy, roundoff)
     return bool(patience.settled(residual_bounds.bounds(predicted, rank, roundoff), passes).all())
@@ -181,8 +215,8 @@ def _promises(
 
 def _judge(triplets: Triplets, energy: Tensor, rank: int, roundoff: float, stored: float) -> Bounds:
     """Bounds from measured residuals; past the last singular value there is a zero without residual."""
-    gram = triplets.inner_residual.mT @ triplets.inner_residual
-    outer = triplets.outer_residual.square().sum(-2).sqrt()
+    gram = triplets.inner_residual @ triplets.inner_residual.mT
+    outer = torch.linalg.vector_norm(triplets.outer_residual, dim=-1)
     lacking = max(0, rank + 1 - triplets.values.shape[-1])
     pad = torch.nn.functional.pad
     known = Residuals(
@@ -196,13 +230,14 @@ def _judge(triplets: Triplets, energy: Tensor, rank: int, roundoff: float, store
 
 
 def _measured(delta: Tensor, left: Tensor, values: Tensor, right: Tensor) -> Triplets:
-    """Triplets with residuals from one product on either side."""
-    image, coimage = (delta @ right).double(), (delta.mT @ left).double()
+    """Triplets with residuals from one product on either side; vectors are given and returned as rows."""
+    operator = Stored(delta)
+    image, coimage = operator.times(right).double(), operator.transposed_times(left).double()
     left, right = left.double(), right.double()
     straight, upright = polish(right), polish(left)
-    left, coimage = left @ upright, coimage @ upright
-    right, image = right @ straight, image @ straight
-    scale = values.unsqueeze(-2)
+    left, coimage = upright @ left, upright @ coimage
+    right, image = straight @ right, straight @ image
+    scale = values.unsqueeze(-1)
     return Triplets(left, values, right, coimage - right * scale, image - left * scale)
 
 
@@ -219,7 +254,7 @@ def _lists(reached: Bounds) -> tuple[list[float], list[float]]:
 
 def _first(triplets: Triplets, rank: int, verdicts: list[Verdict]) -> Decomposition:
     """The first `rank` triplets."""
-    left, right = triplets.left[..., :rank], triplets.right[..., :rank]
+    left, right = triplets.left[:, :rank].mT, triplets.right[:, :rank].mT
     return Decomposition(left, triplets.values[..., :rank], right, tuple(verdicts))
 
 

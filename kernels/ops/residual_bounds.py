@@ -116,29 +116,37 @@ def _complement(known: Residuals, theta: Tensor, noise: Tensor) -> Tensor:
 
 
 def _disturbance(known: Residuals, mu: Tensor, noise: Tensor, count: int) -> Tensor:
-    """Squared size of what roundoff adds to the columns of R."""
-    return (known.values[:, :count] * noise + mu.sqrt() * (known.outer[:, :count] + noise)).square()
+    """Squared size of what roundoff adds to the first `count` columns of R; `mu` has a last axis to spread over."""
+    outer = known.outer[:, :count] + noise
+    return (_over(known.values[:, :count] * noise, mu) + mu.sqrt() * _over(outer, mu)).square()
+
+
+def _over(columns: Tensor, mu: Tensor) -> Tensor:
+    """`columns` (batch, i) beside every `mu` (batch, c, 1), or beside the one (batch, 1)."""
+    return columns.unsqueeze(1) if mu.dim() == 3 else columns
 
 
 def _by_gap_below(
     known: Residuals, theta: Tensor, mu: Tensor, gram: Tensor, noise: Tensor, rank: int
 ) -> tuple[Tensor, Tensor]:
-    """Squared error and energy deficit (absolute), from the best gap at or before the rank."""
-    inner = torch.diagonal(gram, dim1=-2, dim2=-1)
+    """Squared error and energy deficit (absolute), from the best gap at or before the rank; axes (batch, c, i)."""
+    before = torch.ones(rank, rank, dtype=torch.bool, device=theta.device).tril()
+    bound = mu[:, 1 : rank + 1].unsqueeze(-1)
+    gaps = theta[:, None, :rank] - bound
+    nearest = torch.diagonal(gaps, dim1=-2, dim2=-1)
+    usable = nearest > 0
+    gaps = torch.where(before & usable.unsqueeze(-1), gaps, 1.0)
+    inner = torch.diagonal(gram, dim1=-2, dim2=-1)[:, None, :rank]
+    leak = (_INFLATION * inner + _NOISE_INFLATION * _disturbance(known, bound, noise, rank)) * before
+    missed = torch.where(usable, leak.sum(-1) / torch.where(usable, nearest, 1.0), torch.inf)
+    turned = missed + 2 * (leak * bound / gaps.square()).sum(-1)
+    tail = torch.arange(rank - 1, -1, -1, device=theta.device) * mu[:, 1 : rank + 1]
     held = theta[:, :rank].cumsum(-1)
-    tail = rank * mu[:, 0]
-    deficit, error = tail, (tail.sqrt() + held[:, -1].sqrt()).square()
-    for c in range(1, rank + 1):
-        bound = mu[:, c : c + 1]
-        gaps, usable = _gap(theta[:, :c], bound)
-        leak = _INFLATION * inner[:, :c] + _NOISE_INFLATION * _disturbance(known, bound, noise, c)
-        missed = torch.where(usable, leak.sum(-1) / gaps[:, -1], torch.inf)
-        turned = missed + 2 * (leak * bound / gaps.square()).sum(-1)
-        tail = (rank - c) * mu[:, c]
-        kept = (held[:, -1] - held[:, c - 1]).clamp_min(0.0)
-        deficit = torch.minimum(deficit, missed + tail)
-        error = torch.minimum(error, (turned.sqrt() + tail.sqrt() + kept.sqrt()).square())
-    return error, deficit
+    kept = (held[:, -1:] - held).clamp_min(0.0)
+    error = (turned.sqrt() + tail.sqrt() + kept.sqrt()).square().amin(-1)
+    nothing = rank * mu[:, 0]
+    without = (nothing.sqrt() + held[:, -1].sqrt()).square()
+    return torch.minimum(error, without), torch.minimum((missed + tail).amin(-1), nothing)
 
 
 def _by_gap_beyond(
