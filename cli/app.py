@@ -17,8 +17,10 @@ from surgery.cli.verify import verify
 from surgery.errors import AccessError, InputError, Interrupted, ResourceError, SurgeryError, UsageError
 
 # Waiting OpenMP threads that spin make small LAPACK calls up to a hundred times slower beside any other load.
-# Read when torch is loaded, so it is set before.
+# Both are read when torch is loaded, so they are set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Large pages for large tensors: touching fresh memory page by page costs more than the arithmetic done on it.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 class MethodCommand(TyperCommand):

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,6 +36,7 @@ from surgery.checkpoint.layout import Checkpoint
 from surgery.checkpoint.reader import Reader
 from surgery.checkpoint.staging import Staging
 from surgery.checkpoint.writer import ShardFile, Written, write_file
+from surgery.edits import in_work_order
 from surgery.editing import Editor, Record, as_bytes, require_finite, update_figures
 from surgery.errors import InputError, UsageError
 from surgery.inputs import InputHashes
@@ -218,7 +220,7 @@ def _write(staging: Staging, entries: Sequence[_Entry], config: Mapping[str, Any
 
 
 def _journal(staging: Staging, name: str, written: Written) -> None:
-    entry = {"shard": name, "size": written.size, "sha256": written.sha256}
+    entry = {"shard": name, **dataclasses.asdict(written)}
     staging.record(entry)
     staging.entries.append(entry)
 
@@ -237,27 +239,17 @@ class _Gather:
     def run(self, hashes: InputHashes, progress: "Progress | None") -> _Gathered:
         """Go through all tensors in the order of the files."""
         shards = self._job.aligned.shards
-        for number, shard in enumerate(shards, 1):
-            steps = [self._job.plan.steps[info.name] for info in shard.header.tensors]
-            hashes.take("aligned", shard)
-            self._hash_base(steps, hashes)
-            for step in steps:
-                self._found.records.append(self._edit(step) if step.action == "edit" else self._copy(step))
-            if progress is not None:
-                progress(shard.output_name, number, len(shards))
+        with closing(in_work_order(self._job, shards, self._editor.updates)) as updates:
+            for number, shard in enumerate(shards, 1):
+                hashes.begin("aligned", shard)
+                for step in (self._job.plan.steps[info.name] for info in shard.header.tensors):
+                    edits = step.action == "edit"
+                    self._found.records.append(self._edit(step, next(updates)) if edits else self._copy(step))
+                if progress is not None:
+                    progress(shard.output_name, number, len(shards))
         return self._found
 
-    def _hash_base(self, steps: Sequence[Step], hashes: InputHashes) -> None:
-        every = self._job.method.anchor == "base"
-        needed = {
-            self._job.base.tensors[step.base].file for step in steps if step.base and (every or step.rank)
-        }
-        for shard in self._job.base.shards:
-            if shard.name in needed:
-                hashes.take("base", shard)
-
-    def _edit(self, step: Step) -> Record:
-        updates = self._editor.updates(step)
+    def _edit(self, step: Step, updates: Sequence[WeightUpdate | None]) -> Record:
         done = [
             (part, update) for part, update in zip(step.slices or (None,), updates, strict=True) if update
         ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery import card, provenance, resources
 from surgery.checkpoint.layout import INDEX, open_checkpoint
-from surgery.checkpoint.reader import file_sha256
+from surgery.checkpoint.reader import file_checksum
 from surgery.checkpoint.staging import MANIFEST, Staging, fsync_folder
 from surgery.checkpoint.writer import Written, copy_file, index_bytes, write_file
 from surgery.editing import Record
@@ -44,7 +44,7 @@ def finish(job: "Job", staging: Staging, records: list[Record], inputs: InputFil
     files[provenance.TENSORS] = write_file(
         staging.path / provenance.TENSORS, provenance.tensors_bytes(records)
     )
-    check_hashes(staging, files)
+    check_readback(staging, files)
     _describe(job, staging, records, inputs, files)
     write_file(staging.path / provenance.RUN, provenance.to_bytes(_run_account(job, seconds)))
     fsync_folder(staging.path)
@@ -53,7 +53,7 @@ def finish(job: "Job", staging: Staging, records: list[Record], inputs: InputFil
 def _shards_written(staging: Staging) -> dict[str, Written]:
     """Files that the journal says are complete."""
     entries = [entry for entry in staging.entries if "shard" in entry]
-    return {entry["shard"]: Written(entry["size"], entry["sha256"]) for entry in entries}
+    return {entry["shard"]: Written(entry["size"], entry["sha256"], entry["checksum"]) for entry in entries}
 
 
 def _carry(job: "Job", staging: Staging) -> dict[str, Written]:
@@ -100,7 +100,7 @@ def check_model(job: "Job", staging: Staging) -> None:
         )
 
 
-def check_hashes(staging: Staging, files: Mapping[str, Written]) -> None:
+def check_readback(staging: Staging, files: Mapping[str, Written]) -> None:
     """Read every file back and compare with what was handed to the disk.
 
     Raises:
@@ -108,7 +108,7 @@ def check_hashes(staging: Staging, files: Mapping[str, Written]) -> None:
     """
     for name, written in files.items():
         path = staging.path / name
-        if path.stat().st_size != written.size or file_sha256(path) != written.sha256:
+        if path.stat().st_size != written.size or file_checksum(path) != written.checksum:
             raise OutputError(f"{name} does not read back as it was written; check the disk and run again")
 
 

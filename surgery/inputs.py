@@ -7,7 +7,9 @@ journalled, and compared when an interrupted run is resumed.
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from surgery.checkpoint.layout import Checkpoint, Shard
@@ -40,6 +42,8 @@ def _stamp(path: Path, source: Source) -> list[Any]:
 class InputHashes:
     """SHA-256 of every input file, taken at most once in a run and compared with an earlier run's.
 
+    Use as a context manager: hashes are taken on threads of their own, beside the work on the tensors.
+
     Args:
         checkpoints: By role, "base" and "aligned".
         known: Hashes an interrupted run journalled, by "role/file".
@@ -55,7 +59,23 @@ class InputHashes:
         self._checkpoints = checkpoints
         self._known = known
         self._record = record
+        self._begun: dict[str, Future[str]] = {}
         self._taken: dict[str, str] = {}
+        self._pool = ThreadPoolExecutor(len(checkpoints), thread_name_prefix="hash")
+
+    def __enter__(self) -> "InputHashes":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def begin(self, role: str, shard: Shard) -> None:
+        """Start hashing a shard, unless that was done before."""
+        key = f"{role}/{shard.name}"
+        if key not in self._begun:
+            self._begun[key] = self._pool.submit(file_sha256, shard.path)
 
     def take(self, role: str, shard: Shard) -> str:
         """The SHA-256 of a shard.
@@ -65,7 +85,8 @@ class InputHashes:
         """
         key = f"{role}/{shard.name}"
         if key not in self._taken:
-            found = file_sha256(shard.path)
+            self.begin(role, shard)
+            found = self._begun[key].result()
             if self._known.get(key, found) != found:
                 raise InputError(
                     f"{shard.name} of the {role} checkpoint has changed since the interrupted run read it; "
@@ -78,6 +99,9 @@ class InputHashes:
 
     def all(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Size and hash of every weight file of both checkpoints, indexes included, by role and name."""
+        for role, checkpoint in self._checkpoints.items():
+            for shard in checkpoint.shards:
+                self.begin(role, shard)
         return {role: self._files(role, checkpoint) for role, checkpoint in self._checkpoints.items()}
 
     def _files(self, role: str, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from surgery import provenance, resources
+from surgery import memory, provenance, resources, workers
 from surgery.adapter import adapter_method, adapter_size, refuse_unplaceable
 from surgery.checkpoint.layout import Checkpoint, open_checkpoint
 from surgery.checkpoint.quantised import refuse_quantised
@@ -21,7 +21,7 @@ from surgery.inputs import checkpoint_fingerprint
 from surgery.methods.base import WeightEdit
 from surgery.options import Options
 from surgery.order import check_order
-from surgery.plan import Plan, memory_estimate, output_size, plan_steps, seconds_estimate
+from surgery.plan import Plan, output_size, plan_steps, seconds_estimate
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def prepare(
     Raises:
         SurgeryError: Anything that would keep the run from succeeding, as far as headers tell.
     """
-    torch.set_num_threads(resources.cores())
+    # One thread a tensor and several tensors at once: no thread waits for another, and no byte depends on their number.
+    torch.set_num_threads(1)
     sources = {
         "base": resolve(base, allow_pickle=options.allow_pickle),
         "aligned": resolve(model, allow_pickle=options.allow_pickle),
@@ -154,7 +155,7 @@ def _plan(
         sidecars=sidecars,
         bytes_read=read,
         bytes_written=written,
-        memory_bytes=memory_estimate(steps, aligned, base),
-        seconds_estimate=seconds_estimate(steps, read + written, resources.cores()),
+        memory_bytes=memory.estimate(steps, aligned, base, options.memory_limit),
+        seconds_estimate=seconds_estimate(steps, read + written, workers.count()),
         disk_free=resources.disk_free(output),
     )

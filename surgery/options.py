@@ -26,6 +26,9 @@ class Options:
     as_lora: Annotated[bool, Doc("Write the edit as a PEFT adapter on its anchor, not as a model.")] = False
     seed: Annotated[int, Doc("Seed of everything random.")] = 0
     device: Annotated[str, Doc("Where to compute: auto, cpu, cuda or cuda:N.")] = "auto"
+    memory_limit: Annotated[
+        str | None, Doc("Memory to stay within, as 2GiB; refused at once where one tensor alone needs more.")
+    ] = None
     overwrite: Annotated[bool, Doc("Replace an output that surgery wrote before.")] = False
     allow_pickle: Annotated[bool, Doc("Read .bin weights (pickles), with code in them refused.")] = False
     i_checked_the_order: Annotated[

@@ -5,27 +5,22 @@ card -> one rename. No model class is built and no code from a model folder runs
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from surgery import finishing, provenance, resources
 from surgery.adapter import write_adapter
-from surgery.checkpoint.header import TensorInfo, build_header
-from surgery.checkpoint.layout import Shard
-from surgery.checkpoint.reader import Reader
 from surgery.checkpoint.staging import MANIFEST, Staging, partial_of, refuse_existing
-from surgery.checkpoint.writer import ShardFile
-from surgery.editing import Editor, Record, as_bytes, copied
+from surgery.editing import Record
 from surgery.errors import InputError, ResourceError
 from surgery.inputs import InputHashes
 from surgery.job import Job, prepare
 from surgery.methods.base import WeightEdit
 from surgery.options import Options
-from surgery.plan import Plan, Step, output_size
-
-Progress = Callable[[str, int, int], None]
+from surgery.plan import Plan
+from surgery.shards import Progress, write_shards
 
 
 @dataclass(frozen=True)
@@ -130,10 +125,10 @@ def run(job: Job, progress: Progress | None = None) -> Outcome:
     _refuse_resources(job)
     fingerprint = job.fingerprint()
     with Staging(job.output, fingerprint, overwrite=job.options.overwrite) as staging:
-        write = write_adapter if job.options.as_lora else write_model
-        hashes = input_hashes(job, staging)
-        records = write(job, staging, hashes, progress)
-        inputs = hashes.all()
+        write = write_adapter if job.options.as_lora else write_shards
+        with _input_hashes(job, staging) as hashes:
+            records = write(job, staging, hashes, progress)
+            inputs = hashes.all()
         if job.fingerprint() != fingerprint:
             raise InputError("an input changed while it was read; run the command again")
         _require_edits(records, job)
@@ -159,74 +154,8 @@ def _require_edits(records: list[Record], job: Job) -> None:
         )
 
 
-def input_hashes(job: Job, staging: Staging) -> InputHashes:
+def _input_hashes(job: Job, staging: Staging) -> InputHashes:
     """Hashes of the inputs, those of an interrupted run among them."""
     known = dict(entry["input"] for entry in staging.entries if "input" in entry)
     checkpoints = {"base": job.base, "aligned": job.aligned}
     return InputHashes(checkpoints, known, lambda key, sha256: staging.record({"input": [key, sha256]}))
-
-
-def write_model(job: Job, staging: Staging, hashes: InputHashes, progress: Progress | None) -> list[Record]:
-    """Write every shard that the journal does not already hold; return the per-tensor records."""
-    done = {entry["shard"]: entry for entry in staging.entries if "shard" in entry}
-    records: list[Record] = []
-    with Reader(job.aligned) as aligned, Reader(job.base) as base:
-        editor = Editor(job.method, job.options, aligned, base)
-        for number, shard in enumerate(job.aligned.shards, 1):
-            entry = done.get(shard.output_name)
-            if entry is None or not (staging.path / shard.output_name).is_file():
-                _hash_inputs(job, shard, hashes)
-                entry = _write_shard(job, shard, editor, aligned, staging.path)
-                staging.record(entry)
-                staging.entries.append(entry)
-            records += entry["records"]
-            if progress is not None:
-                progress(shard.output_name, number, len(job.aligned.shards))
-    return records
-
-
-def _hash_inputs(job: Job, shard: Shard, hashes: InputHashes) -> None:
-    """Hash a shard of the aligned checkpoint, and the shards of the base that its edits need."""
-    hashes.take("aligned", shard)
-    steps = (job.plan.steps[info.name] for info in shard.header.tensors)
-    needed = {job.base.tensors[step.base].file for step in steps if step.action == "edit" and step.base}
-    for other in job.base.shards:
-        if other.name in needed:
-            hashes.take("base", other)
-
-
-def _write_shard(job: Job, shard: Shard, editor: Editor, aligned: Reader, folder: Path) -> dict[str, Any]:
-    """Write one shard and return its journal entry."""
-    steps = [job.plan.steps[info.name] for info in shard.header.tensors]
-    header = _output_header(shard, steps)
-    size = len(header) + sum(output_size(step) for step in steps)
-    records = []
-    with ShardFile(folder / shard.output_name, header, size) as file:
-        for info, step in zip(shard.header.tensors, steps, strict=True):
-            records.append(_write_tensor(file, info, step, editor, aligned))
-        written = file.close()
-    return {"shard": shard.output_name, "size": written.size, "sha256": written.sha256, "records": records}
-
-
-def _write_tensor(file: ShardFile, info: TensorInfo, step: Step, editor: Editor, aligned: Reader) -> Record:
-    record: Record = {"name": step.name, "action": "copy", "reason": step.reason}
-    if step.action == "edit":
-        edited = editor.edit(step)
-        record = edited.record
-        if edited.tensor is not None:
-            file.write(as_bytes(edited.tensor))
-            return record
-    editor.require_finite_base(step)
-    for chunk in copied(aligned, info, step.dtype):
-        file.write(chunk)
-    return record
-
-
-def _output_header(shard: Shard, steps: list[Step]) -> bytes:
-    """The source's own header where it says the same, so that an edit of nothing is the same file."""
-    header = shard.header
-    same = all(info.dtype == step.dtype for info, step in zip(header.tensors, steps, strict=True))
-    if shard.kind == "safetensors" and same and header.metadata.get("format") == "pt":
-        return header.raw
-    rows = [(step.name, step.dtype, step.shape, output_size(step)) for step in steps]
-    return build_header(rows, {"format": "pt"})

@@ -35,6 +35,7 @@ from surgery import spectral
 from surgery.checkpoint.header import TensorInfo
 from surgery.choices import require_choices
 from surgery.errors import InputError, UsageError
+from surgery.kernels.store import TILE
 from surgery.methods.base import Choice, WeightEdit, WeightUpdate
 from surgery.selection import kind_of, layer_of
 
@@ -201,9 +202,15 @@ def _compiled(option: str, pattern: str | None) -> None:
 
 
 def _difference(aligned: Tensor, base: Tensor) -> Tensor:
-    """`aligned - base` in float32, in float64 for float64 weights."""
+    """`aligned - base` in float32, in float64 for float64 weights; a few rows at a time, to hold no wide copies."""
     wide = torch.float64 if torch.float64 in (aligned.dtype, base.dtype) else torch.float32
-    return aligned.to(wide) - base.to(wide)
+    delta = torch.empty_like(aligned, dtype=wide)
+    ours, theirs, out = (one.view(-1, aligned.shape[-1]) for one in (aligned, base, delta))
+    rows = max(1, TILE // max(1, aligned.shape[-1]))
+    for begin in range(0, len(ours), rows):
+        at = slice(begin, begin + rows)
+        torch.sub(ours[at].to(wide), theirs[at].to(wide), out=out[at])
+    return delta
 
 
 def _from_spectrum(spectrum: spectral.Spectrum, alpha: float) -> WeightUpdate:

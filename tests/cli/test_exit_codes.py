@@ -13,7 +13,7 @@ import pytest
 import torch
 from refusals import check_message, refused, run, snapshot
 
-from surgery import errors, finishing, pipeline, resources
+from surgery import editing, errors, finishing, pipeline, resources
 from surgery.checkpoint import writer
 from surgery.cli.app import main
 
@@ -170,7 +170,7 @@ def test_memory_that_runs_out_half_way_is_told_and_the_run_can_go_on(pair, capfd
     assert (
         run(capfd, ["lox", whole / "base", whole / "aligned", "--rank", "3", "-o", pair.root / "ref"])[0] == 0
     )
-    edit = pipeline.Editor.edit
+    edit = editing.Editor.edit
     calls = []
 
     def out_of_memory(self, step):
@@ -183,7 +183,7 @@ def test_memory_that_runs_out_half_way_is_told_and_the_run_can_go_on(pair, capfd
         return edit(self, step)
 
     with monkeypatch.context() as short:
-        short.setattr(pipeline.Editor, "edit", out_of_memory)
+        short.setattr(editing.Editor, "edit", out_of_memory)
         code, out, err = run(capfd, pair.command("-q"))
     assert (code, out) == (4, "")
     check_message(err, ["memory"])

@@ -18,18 +18,19 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # Who may import whom: a module imports only from its own row and the rows above.
 LAYERS = [
-    ["surgery.errors", "surgery.choices", "surgery.resources", "surgery.kernels", "surgery.demo"],
+    ["surgery.errors", "surgery.choices", "surgery.resources", "surgery.kernels", "surgery.demo", "surgery.workers"],
     ["surgery.checkpoint", "surgery.spectral", "surgery.rounding", "surgery.hub"],
     ["surgery.selection", "surgery.order", "surgery.pairing", "surgery.options", "surgery.fused"],
     ["surgery.methods"],
     ["surgery.plan"],
-    ["surgery.editing", "surgery.inputs", "surgery.adapter_names"],
+    ["surgery.memory"],
+    ["surgery.editing", "surgery.edits", "surgery.inputs", "surgery.adapter_names"],
     ["surgery.adapter_peft", "surgery.adapter_carried"],
     ["surgery.provenance"],
     ["surgery.card"],
     ["surgery.adapter"],
     ["surgery.job"],
-    ["surgery.finishing"],
+    ["surgery.finishing", "surgery.shards"],
     ["surgery.pipeline"],
     ["surgery.verification", "surgery.testing"],
     ["surgery.cli", "surgery.__main__"],

@@ -1,15 +1,17 @@
 import hashlib
 import json
 import os
+import random
 import resource
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import save_file
 
 from surgery.checkpoint.layout import INDEX, open_checkpoint
-from surgery.checkpoint.reader import Reader, file_sha256
+from surgery.checkpoint.reader import Reader, file_checksum, file_sha256
 from surgery.errors import AccessError, InputError
 
 TENSORS = {
@@ -183,12 +185,14 @@ def test_pieces_do_not_take_the_memory_of_the_whole(tmp_path):
     assert resource.getpagesize() > 0
 
 
-@pytest.mark.parametrize("chunk", [1, 1000, 1 << 20])
-def test_the_hash_of_a_file_is_that_of_its_bytes_through_links(tmp_path, chunk):
-    content = bytes(range(256)) * 13
+@pytest.mark.parametrize("size", [0, 13, (1 << 20) + 7])
+def test_the_hashes_of_a_file_are_those_of_its_bytes_through_links(tmp_path, size):
+    content = random.Random(size).randbytes(size) + b"end"
     (tmp_path / "blob").write_bytes(content)
     (tmp_path / "link").symlink_to("blob")
-    assert file_sha256(tmp_path / "link", chunk) == hashlib.sha256(content).hexdigest()
-    assert file_sha256(tmp_path / "link", chunk) != hashlib.sha256(content[:-1]).hexdigest()
-    with pytest.raises(InputError):
-        file_sha256(tmp_path / "missing")
+    assert file_sha256(tmp_path / "link") == hashlib.sha256(content).hexdigest()
+    assert file_sha256(tmp_path / "link") != hashlib.sha256(content[:-1]).hexdigest()
+    assert file_checksum(tmp_path / "link") == xxhash.xxh3_128_hexdigest(content)
+    for digest in (file_sha256, file_checksum):
+        with pytest.raises(InputError):
+            digest(tmp_path / "missing")
