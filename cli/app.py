@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
-from surgery import __version__, methods
+from surgery import __version__, methods, processes
 from surgery.cli import output
 from surgery.cli.verify import verify
 from surgery.errors import AccessError, InputError, Interrupted, ResourceError, SurgeryError, UsageError
@@ -146,6 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if not expected or os.environ.get(output.DEBUG) == "1":
             raise
         known = as_surgery_error(error)
-        output.failure(known)
+        if processes.speaks():
+            output.failure(known)
         code = known.exit_code
+    finally:
+        processes.leave()
     sys.exit(code)

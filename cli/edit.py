@@ -76,11 +76,13 @@ def _help(method: type) -> str:
 
 def _run(method: type, values: dict[str, Any]) -> None:
     """Plan or carry out an edit and print what came of it."""
-    from surgery import pipeline
+    from surgery import pipeline, processes
     from surgery.job import prepare
     from surgery.options import Options
 
     commands.require_one_output(values["quiet"], values["json"])
+    if not processes.speaks():
+        values |= {"quiet": True, "json": False}
     if values["quiet"]:
         # Read by the Hub's client when it is first imported, which only a Hub source does.
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

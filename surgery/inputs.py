@@ -48,6 +48,9 @@ class InputHashes:
         checkpoints: By role, "base" and "aligned".
         known: Hashes an interrupted run journalled, by "role/file".
         record: Called with each new hash, to journal it.
+
+    Attributes:
+        taken: Hashes compared so far, by "role/file"; those that other processes have taken may be added.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class InputHashes:
         self._known = known
         self._record = record
         self._begun: dict[str, Future[str]] = {}
-        self._taken: dict[str, str] = {}
+        self.taken: dict[str, str] = {}
         self._pool = ThreadPoolExecutor(len(checkpoints), thread_name_prefix="hash")
 
     def __enter__(self) -> "InputHashes":
@@ -84,7 +87,7 @@ class InputHashes:
             InputError: An interrupted run read other bytes from this file.
         """
         key = f"{role}/{shard.name}"
-        if key not in self._taken:
+        if key not in self.taken:
             self.begin(role, shard)
             found = self._begun[key].result()
             if self._known.get(key, found) != found:
@@ -94,14 +97,15 @@ class InputHashes:
                 )
             if key not in self._known:
                 self._record(key, found)
-            self._taken[key] = found
-        return self._taken[key]
+            self.taken[key] = found
+        return self.taken[key]
 
     def all(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Size and hash of every weight file of both checkpoints, indexes included, by role and name."""
         for role, checkpoint in self._checkpoints.items():
             for shard in checkpoint.shards:
-                self.begin(role, shard)
+                if f"{role}/{shard.name}" not in self.taken:
+                    self.begin(role, shard)
         return {role: self._files(role, checkpoint) for role, checkpoint in self._checkpoints.items()}
 
     def _files(self, role: str, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ card -> one rename. No model class is built and no code from a model folder runs
 
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from surgery import finishing, provenance, resources
 from surgery.adapter import write_adapter
 from surgery.checkpoint.staging import MANIFEST, Staging, partial_of, refuse_existing
 from surgery.editing import Record
-from surgery.errors import InputError, ResourceError
+from surgery.errors import InputError, ResourceError, UsageError
 from surgery.inputs import InputHashes
 from surgery.job import Job, prepare
 from surgery.methods.base import WeightEdit
 from surgery.options import Options
 from surgery.plan import Plan
+from surgery.processes import team
 from surgery.shards import Progress, write_shards
 
 
@@ -119,21 +121,12 @@ def apply(
 
 
 def run(job: Job, progress: Progress | None = None) -> Outcome:
-    """Carry out a planned run."""
+    """Carry out a planned run; started by `accelerate launch`, all processes do so together."""
     started = time.monotonic()
-    refuse_existing(job.output, overwrite=job.options.overwrite)
-    _refuse_resources(job)
-    fingerprint = job.fingerprint()
-    with Staging(job.output, fingerprint, overwrite=job.options.overwrite) as staging:
-        write = write_adapter if job.options.as_lora else write_shards
-        with _input_hashes(job, staging) as hashes:
-            records = write(job, staging, hashes, progress)
-            inputs = hashes.all()
-        if job.fingerprint() != fingerprint:
-            raise InputError("an input changed while it was read; run the command again")
-        _require_edits(records, job)
-        finishing.finish(job, staging, records, inputs, time.monotonic() - started)
-        staging.commit()
+    if team().size > 1 and job.options.as_lora:
+        raise UsageError("an adapter is written by one process; start it without a launcher")
+    with ExitStack() as stack:
+        records = _carry_out(job, stack, progress, started)
     return Outcome(
         output=job.output,
         plan=job.plan,
@@ -144,6 +137,44 @@ def run(job: Job, progress: Progress | None = None) -> Outcome:
         manifest=job.output / MANIFEST,
         records=tuple(records),
     )
+
+
+def _carry_out(job: Job, stack: ExitStack, progress: Progress | None, started: float) -> list[Record]:
+    """The run in steps that all processes take together; the first holds the folder on `stack`."""
+    together, fingerprint = team(), job.fingerprint()
+    opened = together.agree(lambda: _open(job, stack, fingerprint) if together.leads else None)
+    staging = together.agree(lambda: opened or Staging.join(job.output, fingerprint, together.rank))
+    staging.entries = together.gather(staging.entries)[0]
+    hashes = stack.enter_context(_input_hashes(job, staging))
+    records = (write_adapter if job.options.as_lora else write_shards)(job, staging, hashes, progress)
+    together.agree(
+        lambda: _finish(job, staging, records, hashes, fingerprint, started) if together.leads else None
+    )
+    return records
+
+
+def _open(job: Job, stack: ExitStack, fingerprint: Mapping[str, Any]) -> Staging:
+    """The folder in which the output is built, opened and held."""
+    refuse_existing(job.output, overwrite=job.options.overwrite)
+    _refuse_resources(job)
+    return stack.enter_context(Staging(job.output, fingerprint, overwrite=job.options.overwrite))
+
+
+def _finish(
+    job: Job,
+    staging: Staging,
+    records: list[Record],
+    hashes: InputHashes,
+    fingerprint: Mapping[str, Any],
+    started: float,
+) -> None:
+    """Complete, check and commit the folder."""
+    inputs = hashes.all()
+    if job.fingerprint() != fingerprint:
+        raise InputError("an input changed while it was read; run the command again")
+    _require_edits(records, job)
+    finishing.finish(job, staging, records, inputs, time.monotonic() - started)
+    staging.commit()
 
 
 def _require_edits(records: list[Record], job: Job) -> None:

@@ -1,9 +1,9 @@
 """The shards of an edited model: tensors edited by several workers, written in order, hashed beside it."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.header import TensorInfo, build_header
@@ -16,6 +16,7 @@ from surgery.editing import Edited, Editor, Record, as_bytes, copied
 from surgery.inputs import InputHashes
 from surgery.job import Job
 from surgery.plan import Step, output_size
+from surgery.processes import shares, team
 
 Progress = Callable[[str, int, int], None]
 
@@ -23,61 +24,82 @@ Progress = Callable[[str, int, int], None]
 def write_shards(
     job: Job, staging: Staging, hashes: InputHashes, progress: Progress | None
 ) -> list[Record]:
-    """Write every shard that the journal does not already hold; return the per-tensor records."""
+    """Write every shard that the journal does not already hold; return the per-tensor records.
+
+    Of several processes each writes its share; all return the records of all.
+    """
+    together = team()
     done = {
         entry["shard"]: entry
         for entry in staging.entries
         if "shard" in entry and (staging.path / entry["shard"]).is_file()
     }
-    shards = job.aligned.shards
-    left = [shard for shard in shards if shard.output_name not in done]
-    with Reader(job.aligned) as aligned, Reader(job.base) as base:
-        editor = Editor(job.method, job.options, aligned, base)
-        with closing(in_work_order(job, left, editor.edit)) as edits:
-            for number, shard in enumerate(left):
-                for near in left[number : number + 2]:
-                    _begin_hashes(job, near, hashes)
-                entry = _write_shard(job, shard, edits, editor, aligned, staging.path)
-                _take_hashes(job, shard, hashes)
-                staging.record(entry)
-                staging.entries.append(entry)
-                done[shard.output_name] = entry
-                if progress is not None:
-                    progress(shard.output_name, len(done), len(shards))
-    return [record for shard in shards for record in done[shard.output_name]["records"]]
+    left = {shard.output_name: shard for shard in job.aligned.shards if shard.output_name not in done}
+    share = shares(((name, _cost(job, shard)) for name, shard in left.items()), together.size)[together.rank]
+    here = _Share(job, staging, hashes, [shard for name, shard in left.items() if name in share])
+    mine = together.agree(lambda: here.write(progress))
+    for written, taken in together.gather((mine, hashes.taken)):
+        done |= written
+        hashes.taken |= taken
+    staging.entries = list(done.values())
+    return [record for shard in job.aligned.shards for record in done[shard.output_name]["records"]]
 
 
-def _inputs(job: Job, shard: Shard) -> list[tuple[str, Shard]]:
-    """A shard of the aligned checkpoint, and the shards of the base that its edits need, by role."""
+def _cost(job: Job, shard: Shard) -> float:
+    """What a shard takes to write, in the cost of copying one entry: an edit takes about five times as much."""
     steps = (job.plan.steps[info.name] for info in shard.header.tensors)
-    needed = {job.base.tensors[step.base].file for step in steps if step.action == "edit" and step.base}
-    return [("aligned", shard), *(("base", other) for other in job.base.shards if other.name in needed)]
+    return math.fsum(math.prod(step.shape) * (5.0 if step.action == "edit" else 1.0) for step in steps)
 
 
-def _begin_hashes(job: Job, shard: Shard, hashes: InputHashes) -> None:
-    for role, one in _inputs(job, shard):
-        hashes.begin(role, one)
+class _Share:
+    """The shards that this process writes, and the inputs it hashes."""
 
+    def __init__(self, job: Job, staging: Staging, hashes: InputHashes, shards: Sequence[Shard]) -> None:
+        self._job, self._staging, self._hashes, self._shards = job, staging, hashes, shards
+        sizes = ((shard.name, float(shard.header.size)) for shard in job.base.shards)
+        self._hashed_here = set(shares(sizes, team().size)[team().rank])
 
-def _take_hashes(job: Job, shard: Shard, hashes: InputHashes) -> None:
-    for role, one in _inputs(job, shard):
-        hashes.take(role, one)
+    def write(self, progress: Progress | None) -> dict[str, dict[str, Any]]:
+        """Write the shards; their journal entries by name."""
+        written: dict[str, dict[str, Any]] = {}
+        job, done = self._job, len(self._job.aligned.shards) - len(self._shards)
+        with Reader(job.aligned) as aligned, Reader(job.base) as base:
+            editor = Editor(job.method, job.options, aligned, base)
+            with closing(in_work_order(job, self._shards, editor.edit)) as edits:
+                for number, shard in enumerate(self._shards):
+                    for near in self._shards[number : number + 2]:
+                        self._each_input(near, self._hashes.begin)
+                    entry = self._shard(shard, edits, editor, aligned)
+                    self._each_input(shard, self._hashes.take)
+                    self._staging.record(entry)
+                    written[shard.output_name] = entry
+                    if progress is not None:
+                        progress(shard.output_name, done + len(written), len(job.aligned.shards))
+        return written
 
+    def _each_input(self, shard: Shard, call: Callable[[str, Shard], object]) -> None:
+        """Call for a shard of the aligned checkpoint and the shards of the base that its edits need."""
+        call("aligned", shard)
+        steps = (self._job.plan.steps[info.name] for info in shard.header.tensors)
+        needed = {
+            self._job.base.tensors[step.base].file for step in steps if step.action == "edit" and step.base
+        }
+        for other in self._job.base.shards:
+            if other.name in needed & self._hashed_here:
+                call("base", other)
 
-def _write_shard(
-    job: Job, shard: Shard, edits: Iterator[Edited], editor: Editor, aligned: Reader, folder: Path
-) -> dict[str, Any]:
-    """Write one shard and return its journal entry."""
-    steps = [job.plan.steps[info.name] for info in shard.header.tensors]
-    header = _output_header(shard, steps)
-    size = len(header) + sum(output_size(step) for step in steps)
-    records = []
-    with ShardFile(folder / shard.output_name, header, size) as file:
-        for info, step in zip(shard.header.tensors, steps, strict=True):
-            edited = next(edits) if step.action == "edit" else None
-            records.append(_write_tensor(file, info, step, edited, editor, aligned))
-        written = file.close()
-    return {"shard": shard.output_name, **dataclasses.asdict(written), "records": records}
+    def _shard(self, shard: Shard, edits: Iterator[Edited], editor: Editor, aligned: Reader) -> dict[str, Any]:
+        """Write one shard and return its journal entry."""
+        steps = [self._job.plan.steps[info.name] for info in shard.header.tensors]
+        header = _output_header(shard, steps)
+        size = len(header) + sum(output_size(step) for step in steps)
+        records = []
+        with ShardFile(self._staging.path / shard.output_name, header, size) as file:
+            for info, step in zip(shard.header.tensors, steps, strict=True):
+                edited = next(edits) if step.action == "edit" else None
+                records.append(_write_tensor(file, info, step, edited, editor, aligned))
+            written = file.close()
+        return {"shard": shard.output_name, **dataclasses.asdict(written), "records": records}
 
 
 def _write_tensor(

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,7 @@ from surgery.errors import OutputError, ResourceError, SurgeryError, UsageError
 
 JOURNAL = "journal.jsonl"
 MANIFEST = "surgery.json"
+_OTHERS = "journal-*.jsonl"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -64,11 +65,21 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return entry if line.endswith(b"\n") and isinstance(entry, dict) else None
 
 
+def _whole(lines: Sequence[bytes]) -> list[dict[str, Any]]:
+    """The entries of a journal up to the first line that is not whole."""
+    parsed = [_parsed(line) for line in lines]
+    kept = parsed[: parsed.index(None)] if None in parsed else parsed
+    return [entry for entry in kept if entry is not None]
+
+
 class Staging:
     """`OUT.partial` while it is being built; use as a context manager and `commit` at the end.
 
     An error that a rerun cannot cure removes the folder; one that it can (interruption, full disk, network)
     and any crash leave it for the next run.
+
+    Of several processes at one run, the first opens the folder; the others then `join` it, each with a journal of
+    its own, which the next run that opens the folder takes over.
 
     Attributes:
         path: The folder to write into.
@@ -79,6 +90,7 @@ class Staging:
         self.output = output
         self.path = partial_of(output)
         self.entries: list[dict[str, Any]] = []
+        self._journal = self.path / JOURNAL
         self._fingerprint = json.loads(json.dumps(fingerprint))
         self._overwrite = overwrite
         self._lock = -1
@@ -122,15 +134,30 @@ class Staging:
             os.close(self._lock)
             self._lock = -1
 
+    @classmethod
+    def join(cls, output: Path, fingerprint: Mapping[str, Any], rank: int) -> "Staging":
+        """The folder that another process of the same run has opened and holds; not a context manager.
+
+        Raises:
+            UsageError: It is not there: the processes do not share a file system.
+        """
+        staging = cls(output, fingerprint)
+        if not staging.path.is_dir():
+            raise UsageError(
+                f"process {rank} does not see {staging.path}, which process 0 has made; "
+                "choose an --output on a file system that all processes share"
+            )
+        staging._journal = staging.path / f"journal-{rank}.jsonl"
+        staging._append({"fingerprint": staging._fingerprint})
+        return staging
+
     def _open_journal(self) -> None:
-        journal = self.path / JOURNAL
-        lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
-        parsed = [_parsed(line) for line in lines]
-        kept = parsed[: parsed.index(None)] if None in parsed else parsed
-        entries = [entry for entry in kept if entry is not None]
+        lines = self._journal.read_bytes().splitlines(keepends=True) if self._journal.exists() else []
+        entries = _whole(lines)
         if entries and entries[0].get("fingerprint") == self._fingerprint:
             self.entries = entries[1:]
-            journal.write_bytes(b"".join(lines[: len(entries)]))
+            self._journal.write_bytes(b"".join(lines[: len(entries)]))
+            self._take_over()
             return
         if entries and not self._overwrite:
             differing = _differing(entries[0].get("fingerprint"), self._fingerprint)
@@ -139,6 +166,16 @@ class Staging:
                 f"remove the folder, or add --overwrite"
             )
         self._start_afresh(known=bool(lines))
+
+    def _take_over(self) -> None:
+        """Add what other processes of the interrupted run had finished to the journal."""
+        for journal in sorted(self.path.glob(_OTHERS)):
+            entries = _whole(journal.read_bytes().splitlines(keepends=True))
+            if entries and entries[0].get("fingerprint") == self._fingerprint:
+                for entry in entries[1:]:
+                    self._append(entry)
+                self.entries += entries[1:]
+            journal.unlink()
 
     def _start_afresh(self, *, known: bool) -> None:
         """Empty the folder; one that holds files and neither journal nor manifest is not ours to empty."""
@@ -152,7 +189,7 @@ class Staging:
         self._append({"fingerprint": self._fingerprint})
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        with writing(self.path / JOURNAL), open(self.path / JOURNAL, "ab") as journal:
+        with writing(self._journal), open(self._journal, "ab") as journal:
             journal.write(json.dumps(entry).encode() + b"\n")
             journal.flush()
             os.fsync(journal.fileno())
@@ -163,7 +200,8 @@ class Staging:
 
     def commit(self) -> None:
         """Turn `OUT.partial` into `OUT`, in one rename (or one exchange, where an old `OUT` is replaced)."""
-        (self.path / JOURNAL).unlink()
+        for journal in (self._journal, *self.path.glob(_OTHERS)):
+            journal.unlink()
         fsync_folder(self.path)
         refuse_existing(self.output, overwrite=self._overwrite)
         if self.output.is_dir() and any(self.output.iterdir()):

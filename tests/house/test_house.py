@@ -18,7 +18,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # Who may import whom: a module imports only from its own row and the rows above.
 LAYERS = [
-    ["surgery.errors", "surgery.choices", "surgery.resources", "surgery.kernels", "surgery.demo", "surgery.workers"],
+    ["surgery.errors", "surgery.choices", "surgery.resources", "surgery.kernels", "surgery.demo"],
+    ["surgery.workers", "surgery.processes"],
     ["surgery.checkpoint", "surgery.spectral", "surgery.rounding", "surgery.hub"],
     ["surgery.selection", "surgery.order", "surgery.pairing", "surgery.options", "surgery.fused"],
     ["surgery.methods"],

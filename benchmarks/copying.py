@@ -1,0 +1,99 @@
+"""Against copying: the whole command beside the work that nobody can avoid."""
+
+import hashlib
+import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from benchmarks.pairs import SIZES, write_pair
+from benchmarks.timing import Row, alternated, command, cores, lox, median, spread
+
+
+def copy_hashed(source: Path, target: Path) -> None:
+    """Copy and fsync a file, and take its SHA-256 on the way."""
+    digest = hashlib.sha256()
+    with open(source, "rb", buffering=0) as reading, open(target, "wb", buffering=0) as writing:
+        while chunk := reading.read(1 << 22):
+            digest.update(chunk)
+            writing.write(chunk)
+        os.fsync(writing.fileno())
+
+
+def hashed(source: Path) -> None:
+    """SHA-256 of a file."""
+    with open(source, "rb", buffering=0) as reading:
+        hashlib.file_digest(reading, "sha256")
+
+
+def unavoidable(base: Path, aligned: Path, output: Path) -> None:
+    """Copy the aligned checkpoint, fsync it, and hash both inputs and the output, on all cores."""
+    output.mkdir()
+    with ThreadPoolExecutor(cores()) as pool:
+        begun = [
+            pool.submit(copy_hashed, file, output / file.name) for file in sorted(aligned.glob("*.safetensors"))
+        ]
+        begun += [
+            pool.submit(hashed, file) for side in (aligned, base) for file in sorted(side.glob("*.safetensors"))
+        ]
+        for one in begun:
+            one.result()
+
+
+def bare_copy(aligned: Path, output: Path) -> None:
+    """Copy the aligned checkpoint and fsync it."""
+    output.mkdir()
+    for file in sorted(aligned.glob("*.safetensors")):
+        shutil.copyfile(file, output / file.name)
+        with open(output / file.name, "rb+") as copied:
+            os.fsync(copied.fileno())
+
+
+def rows(folder: Path, repeats: int, kinds: tuple[tuple[str, float], ...]) -> list[Row]:
+    """Wall time of `surgery lox` on the 1.1B pair over that of copying and hashing, and over that of copying."""
+    found = []
+    for kind, ratio in kinds:
+        pair = write_pair(folder / f"1.1B-{kind}-{ratio:g}", "1.1B", kind, ratio)
+        out = folder / "out"
+        shutil.rmtree(out, ignore_errors=True)
+
+        def fresh(arguments: list[str | Path], output: Path = out) -> object:
+            measured = command(arguments)
+            shutil.rmtree(output)
+            os.sync()
+            return measured
+
+        this = [sys.executable, "-m", "benchmarks.copying"]
+        unavoidable(*pair, out)  # warms the page cache
+        shutil.rmtree(out)
+        taken = alternated(
+            {
+                "surgery": lambda: fresh(lox(pair, out)),
+                "unavoidable": lambda: fresh([*this, "unavoidable", *pair, out]),
+                "copy": lambda: fresh([*this, "bare_copy", pair[1], out]),
+            },
+            repeats,
+        )
+        ours, theirs, bare = (taken[name] for name in ("surgery", "unavoidable", "copy"))
+        label = f"1.1B, {kind}, edit/weight {ratio:g}"
+        value = median(ours) / median(theirs)
+        billions = SIZES["1.1B"].parameters() / 1e9
+        detail = f"{spread(ours)} against {spread(theirs)}"
+        found.append(
+            Row(f"{label}: command / (copy + fsync + SHA-256)", value, "x", "at most 2.0, aim 1.3", value <= 2.0, detail)
+        )
+        found.append(Row(f"{label}: command / (cp + fsync)", median(ours) / median(bare), "x", detail=spread(bare)))
+        per = median(ours, "core") / billions
+        bound = median(theirs, "core") / billions
+        found.append(
+            Row(
+                f"{label}: core-seconds per 1e9 parameters", per, "s", "aim 20 or less", per <= 20,
+                f"of which copying and hashing take {bound:.1f} s alone",
+            )
+        )
+    return found
+
+
+if __name__ == "__main__":
+    {"unavoidable": unavoidable, "bare_copy": bare_copy}[sys.argv[1]](*map(Path, sys.argv[2:]))

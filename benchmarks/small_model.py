@@ -1,0 +1,69 @@
+"""A whole small model (SmolLM2-135M's shapes) against the authors' computation: the edit stage, and the command."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from benchmarks.pairs import write_pair
+from benchmarks.reference import timed_edit_stage
+from benchmarks.timing import Measured, Row, alternated, command, lox, median, spread, timed
+from surgery.checkpoint.reader import Reader
+from surgery.editing import Editor
+from surgery.edits import in_work_order
+from surgery.job import Job, prepare
+from surgery.methods.lox import LoX
+
+
+def edit_all(job: Job) -> None:
+    """Edit every tensor as a run does, its reading included, and drop the results."""
+    with Reader(job.aligned) as aligned, Reader(job.base) as base:
+        editor = Editor(job.method, job.options, aligned, base)
+        for _ in in_work_order(job, job.aligned.shards, editor.edit):
+            pass
+
+
+def rows(folder: Path, repeats: int) -> list[Row]:
+    """Ratios of the edit stage and of the whole command."""
+    found = []
+    for kind in ("spiked", "bulk"):
+        pair = write_pair(folder / f"135M-{kind}-0.01", "135M", kind, 1e-2)
+        job = prepare(LoX(rank=6, alpha=1.5), base=pair[0], model=pair[1], output=folder / "out")
+        edit_all(job)
+        taken = alternated(
+            {
+                "ours": lambda job=job: _single_threaded(job),
+                "reference": lambda pair=pair: Measured(timed_edit_stage(*pair)),
+            },
+            repeats,
+        )
+        found.append(_row(f"135M, {kind}: reference / ours, edit stage", taken, 25))
+        taken = alternated(
+            {
+                "ours": lambda pair=pair: _fresh(lox(pair, folder / "out"), folder),
+                "reference": lambda pair=pair: _fresh(
+                    [sys.executable, "-m", "benchmarks.reference", *pair, folder / "out"], folder
+                ),
+            },
+            repeats,
+        )
+        found.append(_row(f"135M, {kind}: reference / ours, whole command", taken, 4))
+    return found
+
+
+def _single_threaded(job: Job) -> Measured:
+    import torch
+
+    torch.set_num_threads(1)
+    return timed(lambda: edit_all(job))
+
+
+def _fresh(arguments: list[str | Path], folder: Path) -> Measured:
+    measured = command(arguments)
+    shutil.rmtree(folder / "out")
+    return measured
+
+
+def _row(name: str, taken: dict[str, list[Measured]], target: float) -> Row:
+    ours, theirs = taken["ours"], taken["reference"]
+    value = median(theirs) / median(ours)
+    return Row(name, value, "x", f"at least {target:g}", value >= target, f"{spread(theirs)} against {spread(ours)}")
