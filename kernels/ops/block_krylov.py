@@ -1,10 +1,15 @@
 """Block Krylov iteration on a matrix and its transpose, one product at a time.
 
-From a random block on the shorter side the iteration multiplies alternately by the matrix and its transpose; every
+From a random block on the right the iteration multiplies alternately by the matrix A and its transpose; every
 product is made orthonormal against everything its side already holds. The two bases then span the
-block Krylov spaces of `delta^T delta` and `delta delta^T` (Golub and Kahan's bidiagonalisation in
+block Krylov spaces of `A^T A` and `A A^T` (Golub and Kahan's bidiagonalisation in
 blocks; Musco and Musco, NeurIPS 2015, for its accuracy), and every product ever made stays in memory, so that
 residuals of approximate singular vectors cost no further pass over the matrix.
+
+A pass over a large matrix costs its reading, so two products are made of each: with `Y = A Q` for the newest block
+Q also `Z = A^T Y`, tile by tile. Once Y is written in the other basis, `Y = P_old C + P_new R`, the next product
+follows without the matrix: `A^T P_new = (Z - A^T P_old C) R^-1`. Roundoff grows by the condition of R on the way;
+it is measured (`amplification`), and where it would matter the product is made from the matrix after all.
 
 Products run in the dtype of the matrix; everything of the size of the Krylov dimension is float64. Bases and
 products are held transposed, one vector a row, so that a basis grows in place.
@@ -21,6 +26,8 @@ from surgery.kernels.orthonormalise import orthonormalise, polish
 
 # Rows of a basis taken to float64 at once.
 _WIDE_ROWS = 64
+# Entries of a matrix that stay in a core's cache between two products, and of the tile that does of a larger one.
+_CACHED, _TILE = 1 << 18, 1 << 17
 
 
 @runtime_checkable
@@ -36,6 +43,11 @@ class Operator(Protocol):
 
     def transposed_times(self, rows: Float[Tensor, "batch b m"]) -> Float[Tensor, "batch b n"]:
         """`(matrix^T @ rows^T)^T`."""
+
+    def both(
+        self, rows: Float[Tensor, "batch b n"]
+    ) -> tuple[Float[Tensor, "batch b m"], Float[Tensor, "batch b n"]]:
+        """`times(rows)` and `transposed_times` of that, for the price of reading the matrix once."""
 
 
 class Stored:
@@ -54,12 +66,30 @@ class Stored:
         """`(matrix^T @ rows^T)^T`."""
         return torch.bmm(rows, self._delta)
 
+    def both(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """`times(rows)` and `transposed_times` of that, for the price of reading the matrix once."""
+        batch, m, n = self.shape
+        if m * n <= _CACHED:
+            image = self.times(rows)
+            return image, self.transposed_times(image)
+        image = rows.new_empty(batch, m, rows.shape[1])
+        product = torch.zeros_like(rows)
+        height = max(1, _TILE // n)
+        for matrix, vectors, out, total in zip(self._delta, rows, image, product, strict=True):
+            columns = vectors.T.contiguous()
+            for begin in range(0, m, height):
+                tile, part = matrix[begin : begin + height], out[begin : begin + height]
+                torch.mm(tile, columns, out=part)
+                total.addmm_(part.T, tile)
+        return image.mT.contiguous(), product
+
 
 @dataclass(frozen=True)
 class Ritz:
     """Approximate singular triplets in coordinates of the two bases, all float64.
 
-    The inner basis is the one all of whose products lie in the other, outer basis.
+    The inner basis is the one all of whose products lie in the other, outer basis; it is the right one after an
+    even number of products.
     `leak` holds, per triplet, the residual on the inner side in coordinates of its newest block.
     """
 
@@ -107,7 +137,7 @@ class _Rows:
 
 
 class Krylov:
-    """The iteration; sides are 0, where it starts, and 1.
+    """The iteration; side 0 is the right one, where it starts, and 1 the left one.
 
     `images[s]` holds the products of `bases[s]`; as columns they equal `bases[1 - s]^T @ coefficients[s]` up
     to roundoff. The basis extended last has no product of its newest block yet.
@@ -115,29 +145,34 @@ class Krylov:
     Attributes:
         block: Vectors per product.
         passes: Products made.
-        starts_right: Whether side 0 is the right one: the shorter side, the right one of a square matrix.
+        amplification: How many times larger than that of a product from the matrix the roundoff of the images may be.
     """
 
-    def __init__(self, operator: Operator, block: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, operator: Operator, block: int, generator: torch.Generator, *, most: float = 1.0
+    ) -> None:
         """The iteration before its first product: one random orthonormal block, the same for the whole batch.
 
         Args:
             operator: Float32 or float64 matrices.
             block: Vectors per product, from 1 to min(m, n).
             generator: Source of the random block, on the CPU.
+            most: The largest `amplification` to accept; 1 makes every product from the matrix.
         """
         batch, m, n = operator.shape
-        self.block, self.passes, self.starts_right = block, 0, n <= m
-        self._operator, self._generator = operator, generator
-        sides = (n, m) if self.starts_right else (m, n)
-        self._bases = tuple(_Rows(batch, width, operator, 8 * block) for width in sides)
-        self._images = tuple(_Rows(batch, width, operator, 8 * block) for width in reversed(sides))
-        drawn = torch.randn(block, sides[0], generator=generator)
+        self.block, self.passes, self.amplification = block, 0, 1.0
+        self._operator, self._generator, self._most = operator, generator, most
+        self._bases = tuple(_Rows(batch, width, operator, 8 * block) for width in (n, m))
+        self._images = tuple(_Rows(batch, width, operator, 8 * block) for width in (m, n))
+        drawn = torch.randn(block, n, generator=generator)
         drawn = drawn.to(operator.device, operator.dtype).expand(batch, -1, -1)
         first, _ = orthonormalise(drawn, self._bases[0].filled, generator)
         self._bases[0].append(first)
         wide = {"dtype": torch.float64, "device": operator.device}
         self._coefficients = [torch.zeros(batch, rows, 0, **wide) for rows in (0, block)]
+        self._ahead: Tensor | None = None
+        # Roundoff of the newest left image in units of a product's, and what the next step makes of it at a guess.
+        self._grown, self._rate = 1.0, 1.0
 
     @property
     def dimension(self) -> int:
@@ -147,15 +182,45 @@ class Krylov:
     def advance(self) -> None:
         """Make one more product."""
         side = self.passes % 2
-        newest = self._bases[side].filled[:, -self.block :]
-        forward = (side == 0) == self.starts_right
-        image = self._operator.times(newest) if forward else self._operator.transposed_times(newest)
+        image = self._from_the_right() if side == 0 else self._from_the_left()
         rows, coefficients = orthonormalise(image, self._bases[1 - side].filled, self._generator)
         self._images[side].append(image)
         self._bases[1 - side].append(rows)
         padded = torch.nn.functional.pad(self._coefficients[side], (0, 0, 0, self.block))
         self._coefficients[side] = torch.cat([padded, coefficients], dim=-1)
         self.passes += 1
+
+    def _from_the_right(self) -> Tensor:
+        """The product of the newest right block, and ahead of its time what the next one will be made of."""
+        newest = self._bases[0].filled[:, -self.block :]
+        if self._rate * (1.0 + self._grown) > self._most:
+            self._grown = 1.0
+            return self._operator.times(newest)
+        image, self._ahead = self._operator.both(newest)
+        return image
+
+    def _from_the_left(self) -> Tensor:
+        """The product of the newest left block: from what was made ahead, or from the matrix."""
+        newest = self._bases[1].filled[:, -self.block :]
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return self._operator.transposed_times(newest)
+        expressed = self._coefficients[0][..., -self.block :]
+        old, new = expressed[:, : -self.block], expressed[:, -self.block :]
+        inverse, failed = torch.linalg.inv_ex(new)
+        # Roundoff of Z is that of a product times the length of Y; that of the old products, which grew before, enters
+        # with the size of C. Both are per column, on the average over a block.
+        entering = torch.linalg.matrix_norm(expressed) + self._grown * torch.linalg.matrix_norm(old)
+        growth = float((entering * torch.linalg.matrix_norm(inverse)).nan_to_num(torch.inf).amax()) / self.block
+        self._rate = growth / (1.0 + self._grown)
+        if bool(failed.any()) or growth > self._most:
+            self._grown = 1.0
+            return self._operator.transposed_times(newest)
+        self._grown = growth
+        self.amplification = max(self.amplification, growth)
+        known = self._images[1].filled
+        rest = torch.baddbmm(ahead, old.mT.to(ahead.dtype), known, alpha=-1) if known.shape[1] else ahead
+        return torch.bmm(inverse.mT.to(ahead.dtype), rest)
 
     def ritz(self, count: int) -> Ritz:
         """The `count` largest approximate triplets (fewer if the space is smaller), after two products or more."""
@@ -171,7 +236,7 @@ class Krylov:
         v, op_v = self._pair(inner, found.inner)
         u, op_u = self._pair(1 - inner, found.outer)
         values = found.values.unsqueeze(-1)
-        right, left = (v, u) if (inner == 0) == self.starts_right else (u, v)
+        right, left = (v, u) if inner == 0 else (u, v)
         return Triplets(left, found.values, right, op_u - v * values, op_v - u * values)
 
     def _pair(self, side: int, coordinates: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,9 @@ _BLOCK, _OVERSAMPLING = 16, 8
 # largest growth of their number in between: solving it costs the cube of the dimension.
 _LOOKS, _GROWTH = (3, 6), 1.25
 # Further passes granted to turn a certified energy into a certified subspace, and how near that must be.
-_GRACE, _NEAR = 2, 8.0
+_GRACE, _NEAR = 1, 3.0
+# Growth of roundoff, where products are made two at a time, beyond which they are made one by one.
+_USUAL_AMPLIFICATION = 8.0
 # Products after which spikes above the hard threshold have shown themselves: they stand 15 % above the bulk.
 _LOOK = 8
 
@@ -152,7 +154,7 @@ def prominent_values(
     if short <= _SMALL or (_LOOK // 2 + 1) * block > short:
         values: Tensor = torch.linalg.svdvals(delta.double() if short <= _WIDE else delta)
         return values.double()
-    state = Krylov(Stored(delta), block, generator)
+    state = Krylov(Stored(delta), block, generator, most=_USUAL_AMPLIFICATION)
     for _ in range(_LOOK):
         state.advance()
     return state.ritz(block).values
@@ -168,11 +170,16 @@ def _room(short: int) -> int:
     return short // 2
 
 
+def _amplification(dtype: torch.dtype, tol: float) -> float:
+    """Growth of roundoff that leaves the bounds an order of magnitude below the tolerance."""
+    return min(_USUAL_AMPLIFICATION, tol / (10 * residual_bounds.PRODUCT_NOISE * ROUNDOFF[dtype]))
+
+
 def _iterate(
     operator: Operator, energy: Tensor, rank: int, generator: torch.Generator, tol: float
 ) -> tuple[Decomposition, Tensor]:
     """Triplets once all are certified or the room is used up, and which of them are certified."""
-    state = Krylov(operator, _block(rank), generator)
+    state = Krylov(operator, _block(rank), generator, most=_amplification(operator.dtype, tol))
     patience, schedule = _Patience(tol), _Schedule()
     roundoff, room = ROUNDOFF[operator.dtype], _room(min(operator.shape[1:]))
     while True:
@@ -185,7 +192,7 @@ def _iterate(
         if not (full or promised):
             continue
         triplets = state.triplets(found)
-        reached = _judge(triplets, energy, rank, roundoff, roundoff)
+        reached = _judge(triplets, energy, rank, roundoff * state.amplification, roundoff)
         settled = patience.settled(reached, state.passes)
         if full or bool(settled.all()):
             return _first(triplets, rank, _verdicts(state, reached, tol)), settled
