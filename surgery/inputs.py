@@ -17,6 +17,7 @@ from surgery.checkpoint.reader import file_sha256
 from surgery.checkpoint.writer import INDEX
 from surgery.errors import InputError
 from surgery.hub import Source
+from surgery.hub.remote import RemoteShard, recorded_sha256
 
 
 def checkpoint_fingerprint(
@@ -27,11 +28,16 @@ def checkpoint_fingerprint(
     Per shard the SHA-256 of its header, its size, and its time of change or, from the Hub, the commit.
     """
     files = {
-        shard.name: [hashlib.sha256(shard.header.raw).hexdigest(), *_stamp(shard.path, source)]
+        shard.name: [hashlib.sha256(shard.header.raw).hexdigest(), *_shard_stamp(shard, source)]
         for shard in checkpoint.shards
     }
     side = {name: _stamp(checkpoint.folder / name, source) for name in sidecars}
     return {"source": source.label, "shards": files, "sidecars": side}
+
+
+def _shard_stamp(shard: Shard, source: Source) -> list[Any]:
+    """Of a file from the Hub by its commit, so that one that is streamed needs not to be on disk."""
+    return [shard.header.size, source.commit] if source.commit else _stamp(shard.path, source)
 
 
 def _stamp(path: Path, source: Source) -> list[Any]:
@@ -51,7 +57,10 @@ class InputHashes:
 
     Attributes:
         taken: Hashes compared so far, by "role/file"; those that other processes have taken may be added.
+        measured: What a hash is had from: by default the file, or what the Hub states of one that is not on disk.
     """
+
+    measured: Callable[[str, Shard], str]
 
     def __init__(
         self,
@@ -64,6 +73,7 @@ class InputHashes:
         self._record = record
         self._begun: dict[str, Future[str]] = {}
         self.taken: dict[str, str] = {}
+        self.measured = _measured
         self._pool = ThreadPoolExecutor(len(checkpoints), thread_name_prefix="hash")
 
     def __enter__(self) -> "InputHashes":
@@ -78,7 +88,13 @@ class InputHashes:
         """Start hashing a shard, unless that was done before."""
         key = f"{role}/{shard.name}"
         if key not in self._begun:
-            self._begun[key] = self._pool.submit(file_sha256, shard.path)
+            self._begun[key] = self._pool.submit(self._known_or_measured, role, shard)
+
+    def _known_or_measured(self, role: str, shard: Shard) -> str:
+        """A streamed file whose shard is finished is not there to be hashed again."""
+        known = self._known.get(f"{role}/{shard.name}")
+        gone = known is not None and isinstance(shard, RemoteShard) and not shard.path.exists()
+        return known if known is not None and gone else self.measured(role, shard)
 
     def take(self, role: str, shard: Shard) -> str:
         """The SHA-256 of a shard.
@@ -116,3 +132,13 @@ class InputHashes:
         if checkpoint.index is not None and (index := checkpoint.folder / INDEX).exists():
             files[INDEX] = {"size": index.stat().st_size, "sha256": file_sha256(index)}
         return dict(sorted(files.items()))
+
+
+def _measured(role: str, shard: Shard) -> str:
+    """The SHA-256 of a shard's file, or what the Hub states where it is not on disk."""
+    if not isinstance(shard, RemoteShard) or shard.path.exists():
+        return file_sha256(shard.path)
+    stated = recorded_sha256(shard)
+    if stated is None:
+        raise InputError(f"the Hub states no SHA-256 of {shard.name} of the {role} model; run without --stream")
+    return stated

@@ -17,6 +17,7 @@ from surgery.checkpoint.staging import partial_of
 from surgery.editing import compute_device
 from surgery.errors import InputError, UsageError
 from surgery.hub import Source, resolve
+from surgery.hub.remote import open_source
 from surgery.inputs import checkpoint_fingerprint
 from surgery.methods.base import WeightEdit
 from surgery.options import Options
@@ -80,14 +81,16 @@ def prepare(
     # One thread a tensor and several tensors at once: no thread waits for another, and no byte depends on their number.
     torch.set_num_threads(1)
     sources = {
-        "base": resolve(base, allow_pickle=options.allow_pickle),
-        "aligned": resolve(model, allow_pickle=options.allow_pickle),
+        role: resolve(
+            named, allow_pickle=options.allow_pickle, weights="stream" if options.stream else "defer"
+        )
+        for role, named in (("base", base), ("aligned", model))
     }
     compute_device(options)
     target = Path(output) if output is not None else default_output(method, sources["aligned"], options)
     _refuse_paths(sources, target)
     checkpoints = {
-        role: open_checkpoint(source.folder, source.label, allow_pickle=options.allow_pickle)
+        role: open_source(source, allow_pickle=options.allow_pickle)
         for role, source in sources.items()
     }
     for checkpoint in checkpoints.values():

@@ -17,8 +17,8 @@ INTERPRETER = 450 << 20
 _BASIS_BYTES = 2 * 4 * 96 + 2 * 8 * 16
 # Buffers of one worker while it stores an edit, and of the threads that hash and write.
 _BUFFERS = 32 << 20
-# What may be in work at once if one tensor does not need more.
-_USUAL = 512 << 20
+# What may be in work at once beside the tensor that needs most.
+_BESIDE = 256 << 20
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -54,7 +54,7 @@ def largest_need(steps: Mapping[str, Step], aligned: Checkpoint, base: Checkpoin
 
 
 def in_work(steps: Mapping[str, Step], aligned: Checkpoint, base: Checkpoint, limit: str | None) -> int:
-    """Bytes that the tensors in work at once may take: what the largest needs, or more where that is little.
+    """Bytes that the tensors in work at once may take: what the largest needs and some beside it.
 
     Args:
         steps: The plan's.
@@ -67,7 +67,7 @@ def in_work(steps: Mapping[str, Step], aligned: Checkpoint, base: Checkpoint, li
     """
     largest, name = largest_need(steps, aligned, base)
     if limit is None:
-        return max(largest, _USUAL)
+        return largest + _BESIDE
     if (room := parse_bytes(limit) - INTERPRETER) < largest:
         raise ResourceError(
             f"--memory-limit is {limit}, and editing {name} alone takes a process of about "
@@ -79,5 +79,5 @@ def in_work(steps: Mapping[str, Step], aligned: Checkpoint, base: Checkpoint, li
 def estimate(steps: Mapping[str, Step], aligned: Checkpoint, base: Checkpoint, limit: str | None) -> int:
     """Bytes resident at most in a run: those of an interpreter with torch, and of all tensors in work."""
     every = [need(step, aligned, base) for step in steps.values() if step.action == "edit"]
-    together = sum(sorted(every)[-4 * workers.count() :])
+    together = sum(sorted(every)[-3 * workers.count() :])
     return INTERPRETER + min(in_work(steps, aligned, base, limit), together)

@@ -29,6 +29,9 @@ class Options:
     memory_limit: Annotated[
         str | None, Doc("Memory to stay within, as 2GiB; refused at once where one tensor alone needs more.")
     ] = None
+    stream: Annotated[
+        bool, Doc("Read Hub sources shard by shard: disk for the output and two shards is enough.")
+    ] = False
     overwrite: Annotated[bool, Doc("Replace an output that surgery wrote before.")] = False
     allow_pickle: Annotated[bool, Doc("Read .bin weights (pickles), with code in them refused.")] = False
     i_checked_the_order: Annotated[
@@ -39,5 +42,7 @@ class Options:
         require_choices(self)
         if self.as_lora and self.dtype != "keep":
             raise UsageError("an adapter's factors are float32; leave out --dtype with --as-lora")
+        if self.as_lora and self.stream:
+            raise UsageError("an adapter is made from whole checkpoints; leave out --stream with --as-lora")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed is {self.seed}; it must be from 0 to 2^63 - 1")

@@ -16,6 +16,8 @@ from surgery.adapter import write_adapter
 from surgery.checkpoint.staging import MANIFEST, Staging, partial_of, refuse_existing
 from surgery.editing import Record
 from surgery.errors import InputError, ResourceError, UsageError
+from surgery.hub import fetch
+from surgery.hub.remote import disk_need
 from surgery.inputs import InputHashes
 from surgery.job import Job, prepare
 from surgery.methods.base import WeightEdit
@@ -75,9 +77,10 @@ def _refuse_resources(job: Job) -> None:
     """Refuse a run that the disk or the memory cannot hold; what an interrupted run wrote is counted as there."""
     partial = partial_of(job.output)
     done = sum(file.stat().st_size for file in partial.iterdir() if file.is_file()) if partial.is_dir() else 0
-    if job.plan.bytes_written - done > job.plan.disk_free:
+    streamed = disk_need(job.aligned.shards) * team().size if job.options.stream else 0
+    if (need := job.plan.bytes_written + streamed) - done > job.plan.disk_free:
         raise ResourceError(
-            f"the output needs {_mebibytes(job.plan.bytes_written)} and {_mebibytes(job.plan.disk_free)} are free "
+            f"the output needs {_mebibytes(need)} and {_mebibytes(job.plan.disk_free)} are free "
             f"where {job.output} goes; free some space or choose another --output"
         )
     if job.plan.memory_bytes > (available := resources.memory_available()):
@@ -123,6 +126,9 @@ def apply(
 def run(job: Job, progress: Progress | None = None) -> Outcome:
     """Carry out a planned run; started by `accelerate launch`, all processes do so together."""
     started = time.monotonic()
+    if not job.options.stream:
+        for source in job.sources.values():
+            fetch(source)
     if team().size > 1 and job.options.as_lora:
         raise UsageError("an adapter is written by one process; start it without a launcher")
     with ExitStack() as stack:

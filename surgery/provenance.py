@@ -29,7 +29,7 @@ RUN = "surgery.run.json"
 TENSORS = "surgery.tensors.jsonl"
 
 # What decides how a run behaves but not what it computes: it stays out of the manifest.
-_NOT_RECORDED = ("overwrite", "allow_pickle", "i_checked_the_order", "device", "memory_limit")
+_NOT_RECORDED = ("overwrite", "allow_pickle", "i_checked_the_order", "device", "memory_limit", "stream")
 
 
 def option_values(method: WeightEdit, options: Options) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from surgery.checkpoint.layout import Shard
 from surgery.checkpoint.reader import Reader
 from surgery.checkpoint.staging import Staging
 from surgery.checkpoint.writer import ShardFile
-from surgery.edits import in_work_order
 from surgery.editing import Edited, Editor, Record, as_bytes, copied
+from surgery.edits import in_work_order
 from surgery.inputs import InputHashes
 from surgery.job import Job
 from surgery.plan import Step, output_size
 from surgery.processes import shares, team
+from surgery.streams import Inputs
 
 Progress = Callable[[str, int, int], None]
 
@@ -63,18 +64,20 @@ class _Share:
         """Write the shards; their journal entries by name."""
         written: dict[str, dict[str, Any]] = {}
         job, done = self._job, len(self._job.aligned.shards) - len(self._shards)
-        with Reader(job.aligned) as aligned, Reader(job.base) as base:
-            editor = Editor(job.method, job.options, aligned, base)
-            with closing(in_work_order(job, self._shards, editor.edit)) as edits:
-                for number, shard in enumerate(self._shards):
-                    for near in self._shards[number : number + 2]:
-                        self._each_input(near, self._hashes.begin)
-                    entry = self._shard(shard, edits, editor, aligned)
-                    self._each_input(shard, self._hashes.take)
-                    self._staging.record(entry)
-                    written[shard.output_name] = entry
-                    if progress is not None:
-                        progress(shard.output_name, done + len(written), len(job.aligned.shards))
+        inputs = Inputs(job, self._staging.path / f".shards-{team().rank}", self._shards)
+        editor = Editor(job.method, job.options, inputs.aligned, inputs.base)
+        self._hashes.measured = inputs.measured(self._hashes.measured)
+        with inputs, closing(in_work_order(job, self._shards, editor.edit)) as edits, closing(inputs):
+            for number, shard in enumerate(self._shards):
+                for near in self._shards[number : number + 2]:
+                    self._each_input(near, self._hashes.begin)
+                entry = self._shard(shard, edits, editor, inputs.aligned)
+                self._each_input(shard, self._hashes.take)
+                self._staging.record(entry)
+                inputs.done(shard)
+                written[shard.output_name] = entry
+                if progress is not None:
+                    progress(shard.output_name, done + len(written), len(job.aligned.shards))
         return written
 
     def _each_input(self, shard: Shard, call: Callable[[str, Shard], object]) -> None:

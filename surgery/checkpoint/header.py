@@ -6,7 +6,7 @@ tensors' bytes one after the other, without gaps.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -174,6 +174,23 @@ def parse_header(label: str, head: bytes, size: int, *, file: str = "") -> Heade
     return Header(length, bytes(head[:length]), metadata, tuple(tensors), size)
 
 
+def header_by(read: Callable[[int, int], bytes], size: int, label: str, *, file: str) -> Header:
+    """The header of a safetensors file, fully checked, from its length and itself, wherever the file is.
+
+    Args:
+        read: The bytes from an offset on, exactly as many as asked for.
+        size: Bytes of the file.
+        label: Its name for messages.
+        file: What the tensors' `file` says.
+
+    Raises:
+        InputError: It is truncated or malformed.
+    """
+    first = read(0, min(8, size))
+    length = _header_length(label, first, size)
+    return parse_header(label, first + read(8, length), size, file=file)
+
+
 def read_header(path: Path, label: str, *, file: str | None = None) -> Header:
     """The header of a safetensors file, fully checked; no tensor is read.
 
@@ -187,12 +204,14 @@ def read_header(path: Path, label: str, *, file: str | None = None) -> Header:
         AccessError: There is no right to read it.
     """
     with open_regular(path, label) as opened:
+
+        def read(start: int, size: int) -> bytes:
+            content = bytearray(size)
+            read_exactly(opened, memoryview(content), start, label)
+            return bytes(content)
+
         size = os.fstat(opened.fileno()).st_size
-        first = bytearray(min(8, size))
-        read_exactly(opened, memoryview(first), 0, label)
-        head = bytearray(8 + _header_length(label, bytes(first), size))
-        read_exactly(opened, memoryview(head), 0, label)
-    return parse_header(label, bytes(head), size, file=path.name if file is None else file)
+        return header_by(read, size, label, file=path.name if file is None else file)
 
 
 def build_header(

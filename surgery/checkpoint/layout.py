@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from surgery.checkpoint.header import Header, TensorInfo, read_header
 from surgery.checkpoint.jsontext import json_object
@@ -70,6 +70,18 @@ class Checkpoint:
     def sharded(self) -> bool:
         """Whether an index names the files."""
         return self.index is not None
+
+
+@runtime_checkable
+class Elsewhere(Protocol):
+    """Weight files that do not lie in the checkpoint's folder."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Their names, as an index writes them."""
+
+    def open(self, names: Sequence[str], label: str) -> list[Shard]:
+        """Those of these names, in that order, with their headers read and checked."""
 
 
 def _listing(folder: Path, label: str) -> set[str]:
@@ -224,24 +236,31 @@ def _check_outputs(shards: Sequence[Shard], label: str) -> None:
         )
 
 
-def open_checkpoint(folder: Path, label: str, *, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(
+    folder: Path, label: str, *, allow_pickle: bool = False, elsewhere: Elsewhere | None = None
+) -> Checkpoint:
     """A checkpoint with every header read and checked, and no tensor data read.
 
     Args:
         folder: Holds an index and its shards, or one weight file; where both lie there, the index wins.
         label: What messages call it.
         allow_pickle: Read `pytorch_model*.bin` when there are no safetensors; no code in them is run.
+        elsewhere: Weight files in safetensors that are not in the folder; the index is there all the same.
 
     Raises:
         InputError: Something is missing, damaged, contradictory, of another format, or unsafe.
         AccessError: There is no right to read a file.
     """
-    names = _listing(folder, label)
+    names = _listing(folder, label) | (elsewhere.names if elsewhere else frozenset())
     kind, indexed = choose_format(names, label, allow_pickle=allow_pickle)
     config, notes = _read_config(folder, label, names)
     single = SINGLE if kind == "safetensors" else PICKLE_SINGLE
     index, weight_map = _read_index(folder, label, kind) if indexed else (None, {})
-    shards = [_shard(folder, label, name, kind) for name in sorted(set(weight_map.values()) or {single})]
+    files = sorted(set(weight_map.values()) or {single})
+    if elsewhere is not None:
+        shards = elsewhere.open(files, label)
+    else:
+        shards = [_shard(folder, label, name, kind) for name in files]
     _check_outputs(shards, label)
     tensors = _collect(shards, label)
     if index is not None:

@@ -117,13 +117,14 @@ class Fault:
 
 @dataclass(frozen=True)
 class Seen:
-    """A request that came in, and how it was answered."""
+    """A request that came in, and how it was answered; `sent` counts the bytes of the body."""
 
     origin: str
     method: str
     path: str
     headers: dict[str, str]
     status: int
+    sent: int = 0
 
 
 @dataclass
@@ -209,6 +210,10 @@ class Hub:
         pattern = re.compile(rf"/{repository or '[^/]+/[^/]+'}/resolve/[^/]+/(.+)")
         return {unquote(found[1]) for seen in self.seen if (found := pattern.fullmatch(seen.path))}
 
+    def sent(self, pattern: str) -> int:
+        """Bytes of the bodies of all answers to requests whose path has this pattern in it."""
+        return sum(seen.sent for seen in self.seen if re.search(pattern, seen.path))
+
     def answer(self, origin: str, request: BaseHTTPRequestHandler) -> None:
         """Find the answer to a request, spoil it if a fault says so, send it."""
         path = urlsplit(request.path).path
@@ -223,8 +228,10 @@ class Hub:
             answer = find(request.command, path, request.headers.get("Authorization"))
             answer = answer.part(request.headers.get("Range") if request.command == "GET" else None)
         headers = {name.lower(): value for name, value in request.headers.items()}
-        self.seen.append(Seen(origin, request.command, path, headers, answer.status))
-        if fault is not None and fault.silent:
+        silent = fault is not None and fault.silent
+        sent = 0 if silent or request.command == "HEAD" else len(answer.body[: fault.keep if fault else None])
+        self.seen.append(Seen(origin, request.command, path, headers, answer.status, sent))
+        if silent:
             self._closing.wait(60)
             request.close_connection = True
             return
@@ -290,7 +297,9 @@ class Hub:
             return Answer(
                 403, {"Content-Type": "application/xml"}, b"<Error><Code>AccessDenied</Code></Error>"
             )
-        return Answer(200, {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"}, found[0].content)
+        # Storage has an ETag of its own, which is not the Hub's.
+        etag = hashlib.md5(found[0].content).hexdigest()
+        return Answer(200, {"ETag": f'"{etag}"', "Accept-Ranges": "bytes"}, found[0].content)
 
 
 def _no_repository(token: str | None) -> Answer:

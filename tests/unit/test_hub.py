@@ -6,19 +6,16 @@ import os
 import subprocess
 import sys
 import threading
-import time
-from collections import defaultdict
 from pathlib import Path
 
 import hub_server
 import pytest
 import torch
 
-from surgery import hub as sources
 from surgery.checkpoint.layout import open_checkpoint
 from surgery.checkpoint.sidecars import list_sidecars
 from surgery.errors import AccessError, InputError, ResourceError, SurgeryError, UsageError
-from surgery.hub import resolve
+from surgery.hub import refusals, repository, resolve
 from surgery.testing import write_checkpoint
 
 Fault, Hub = hub_server.Fault, hub_server.Hub
@@ -33,48 +30,12 @@ def index_of(*files):
     return json.dumps({"weight_map": {f"layer.{i}": file for i, file in enumerate(files)}}).encode()
 
 
-@pytest.fixture
-def slept():
-    """The waits that were asked for, by thread."""
-    return defaultdict(list)
-
-
 def longest(slept):
     """Seconds that the most patient thread would have waited for the Hub.
 
     Shorter sleeps are those of a file lock that polls: it spins here, where sleeping takes no time.
     """
     return max((sum(pause for pause in pauses if pause > 0.1) for pauses in slept.values()), default=0)
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path, slept):
-    """A Hub that the client of this process talks to, with an empty cache; waiting takes no time."""
-    from huggingface_hub import close_session, constants
-
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE", "HF_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
-    with Hub() as server:
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_UPDATE_CHECK", True)
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(time, "sleep", lambda seconds: slept[threading.get_ident()].append(seconds))
-        yield server
-        close_session()
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    """`offline()`: from now on no request may be made."""
-    from huggingface_hub import constants
-
-    return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture
@@ -382,9 +343,9 @@ def test_a_token_goes_to_the_hub_and_nowhere_else(hub, model, monkeypatch, caplo
 def test_secrets_are_taken_out_of_what_the_client_says(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "not of the usual form")
     text = "at http://user:pass@host/x with not of the usual form, Bearer abcdef'x and hf_abcdefghijk\nsecond line"
-    shown = sources._detail(ValueError(text))
+    shown = refusals.detail(ValueError(text))
     assert shown == "at http://***@host/x with ***, Bearer ***'x and ***"
-    assert sources._detail(ValueError("")) == "ValueError"
+    assert refusals.detail(ValueError("")) == "ValueError"
 
 
 def test_a_password_in_the_address_is_not_shown(hub, model, monkeypatch):
@@ -408,7 +369,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error_at_once(hub, model, slept):
 
 
 def test_a_hub_that_never_answers_is_not_waited_for_long(hub, model, monkeypatch):
-    monkeypatch.setattr(sources, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(repository, "_TIMEOUT", 0.3)
     hub.faults.append(Fault("/api/models/", silent=True))
     assert "could not be reached" in failure("org/model")
 
@@ -522,11 +483,11 @@ def test_a_moved_branch_is_followed_online_and_its_last_known_commit_is_used_off
 def test_a_disk_that_cannot_hold_the_files_is_found_before_they_are_fetched(hub, model, monkeypatch):
     resolve("org/model")
     model.commit({SHARDS[0]: b"x" * 5000})
-    monkeypatch.setattr(sources.resources, "disk_free", lambda path: 4999)
+    monkeypatch.setattr(repository.resources, "disk_free", lambda path: 4999)
     before = len(hub.seen)
     assert "HF_HOME" in failure("org/model", ResourceError)
     assert not [seen for seen in hub.seen[before:] if seen.origin == "storage"]
-    monkeypatch.setattr(sources.resources, "disk_free", lambda path: 50_000)
+    monkeypatch.setattr(repository.resources, "disk_free", lambda path: 50_000)
     assert (resolve("org/model").folder / SHARDS[0]).read_bytes() == b"x" * 5000
 
 
