@@ -1,1 +1,1 @@
-"""What the toolkit costs, measured as ratios of two things alternated in one run; see `python -m benchmarks --help`."""
+"""What the toolkit costs: ratios of two things alternated in one run; see `python -m benchmarks --help`."""

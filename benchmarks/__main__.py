@@ -1,8 +1,8 @@
 """Run the benchmarks: correctness first, then the figures, their table and `benchmarks/results/*.json`.
 
-    python -m benchmarks                      everything (about half an hour on two cores)
-    python -m benchmarks --only copying,memory
-    python -m benchmarks --table              the table of the results on file, for docs/performance.md
+python -m benchmarks                      everything (about half an hour on two cores)
+python -m benchmarks --only copying,memory
+python -m benchmarks --table              the table of the results on file, for docs/performance.md
 """
 
 import argparse
@@ -51,7 +51,9 @@ def machine() -> dict[str, object]:
     import torch
 
     info = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in info if line.startswith("model name")), "unknown")
+    model = next(
+        (line.partition(":")[2].strip() for line in info if line.startswith("model name")), "unknown"
+    )
     flags = next((set(line.split()) for line in info if line.startswith("flags")), set())
     features = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16", "sha_ni") if flag in flags]
     return {
@@ -66,13 +68,20 @@ def machine() -> dict[str, object]:
 def correct() -> bool:
     """Whether the tests of what is timed pass."""
     existing = [path for path in CORRECTNESS if (ROOT / path).exists()]
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", *existing], cwd=ROOT, check=False).returncode == 0
+    return (
+        subprocess.run([sys.executable, "-m", "pytest", "-q", *existing], cwd=ROOT, check=False).returncode
+        == 0
+    )
 
 
 def commit() -> str:
     """The commit that is measured, marked where the tree differs from it."""
     found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return found.stdout.strip() or "unknown"
 
@@ -84,7 +93,9 @@ def table(names: Sequence[str]) -> str:
         file = RESULTS / f"{name}.json"
         for row in json.loads(file.read_text())["rows"] if file.is_file() else ():
             met = {True: "yes", False: "**no**", None: ""}[row["met"]]
-            lines.append(f"| {row['name']} | {row['value']:.3g} {row['unit']} | {row['target']} | {met} | {row['detail']} |")
+            lines.append(
+                f"| {row['name']} | {row['value']:.3g} {row['unit']} | {row['target']} | {met} | {row['detail']} |"
+            )
     return "\n".join(lines)
 
 
@@ -97,11 +108,17 @@ def into_page(text: str) -> None:
 
 def main() -> int:
     """Exit code: 0, or 1 where a test of what is timed fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="names of benchmarks, separated by commas")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each thing; medians are reported")
-    parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks" / "pairs", help="for pairs and outputs: 25 GB")
-    parser.add_argument("--table", action="store_true", help="only put the results on file into docs/performance.md")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "benchmarks" / "data", help="for pairs and outputs: 25 GB"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="only put the results on file into docs/performance.md"
+    )
     options = parser.parse_args()
     every = benchmarks(options.folder, options.repeats)
     chosen = options.only.split(",") if options.only else list(every)
@@ -114,7 +131,12 @@ def main() -> int:
         RESULTS.mkdir(exist_ok=True)
         for name in chosen:
             rows = [row.document() for row in every[name]()]
-            document = {"commit": commit(), "date": datetime.now(UTC).date().isoformat(), **machine(), "rows": rows}
+            document = {
+                "commit": commit(),
+                "date": datetime.now(UTC).date().isoformat(),
+                **machine(),
+                "rows": rows,
+            }
             (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
     text = table(list(every))
     into_page(text)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.pairs import SIZES, write_pair
-from benchmarks.timing import Row, alternated, command, cores, lox, median, spread
+from benchmarks.timing import Measured, Row, alternated, command, cores, lox, median, spread
 
 
 def copy_hashed(source: Path, target: Path) -> None:
@@ -32,10 +32,13 @@ def unavoidable(base: Path, aligned: Path, output: Path) -> None:
     output.mkdir()
     with ThreadPoolExecutor(cores()) as pool:
         begun = [
-            pool.submit(copy_hashed, file, output / file.name) for file in sorted(aligned.glob("*.safetensors"))
+            pool.submit(copy_hashed, file, output / file.name)
+            for file in sorted(aligned.glob("*.safetensors"))
         ]
         begun += [
-            pool.submit(hashed, file) for side in (aligned, base) for file in sorted(side.glob("*.safetensors"))
+            pool.submit(hashed, file)
+            for side in (aligned, base)
+            for file in sorted(side.glob("*.safetensors"))
         ]
         for one in begun:
             one.result()
@@ -50,49 +53,56 @@ def bare_copy(aligned: Path, output: Path) -> None:
             os.fsync(copied.fileno())
 
 
-def rows(folder: Path, repeats: int, kinds: tuple[tuple[str, float], ...]) -> list[Row]:
+def rows(folder: Path, repeats: int, settings: tuple[tuple[str, float], ...]) -> list[Row]:
     """Wall time of `surgery lox` on the 1.1B pair over that of copying and hashing, and over that of copying."""
-    found = []
-    for kind, ratio in kinds:
-        pair = write_pair(folder / f"1.1B-{kind}-{ratio:g}", "1.1B", kind, ratio)
-        out = folder / "out"
-        shutil.rmtree(out, ignore_errors=True)
+    return [row for kind, ratio in settings for row in _rows(folder, repeats, kind, ratio)]
 
-        def fresh(arguments: list[str | Path], output: Path = out) -> object:
-            measured = command(arguments)
-            shutil.rmtree(output)
-            os.sync()
-            return measured
 
-        this = [sys.executable, "-m", "benchmarks.copying"]
-        unavoidable(*pair, out)  # warms the page cache
-        shutil.rmtree(out)
-        taken = alternated(
-            {
-                "surgery": lambda: fresh(lox(pair, out)),
-                "unavoidable": lambda: fresh([*this, "unavoidable", *pair, out]),
-                "copy": lambda: fresh([*this, "bare_copy", pair[1], out]),
-            },
-            repeats,
-        )
-        ours, theirs, bare = (taken[name] for name in ("surgery", "unavoidable", "copy"))
-        label = f"1.1B, {kind}, edit/weight {ratio:g}"
-        value = median(ours) / median(theirs)
-        billions = SIZES["1.1B"].parameters() / 1e9
-        detail = f"{spread(ours)} against {spread(theirs)}"
-        found.append(
-            Row(f"{label}: command / (copy + fsync + SHA-256)", value, "x", "at most 2.0, aim 1.3", value <= 2.0, detail)
-        )
-        found.append(Row(f"{label}: command / (cp + fsync)", median(ours) / median(bare), "x", detail=spread(bare)))
-        per = median(ours, "core") / billions
-        bound = median(theirs, "core") / billions
-        found.append(
-            Row(
-                f"{label}: core-seconds per 1e9 parameters", per, "s", "aim 20 or less", per <= 20,
-                f"of which copying and hashing take {bound:.1f} s alone",
-            )
-        )
-    return found
+def _rows(folder: Path, repeats: int, kind: str, ratio: float) -> list[Row]:
+    pair = write_pair(folder / f"1.1B-{kind}-{ratio:g}", "1.1B", kind, ratio)
+    out = folder / "out"
+    this = [sys.executable, "-m", "benchmarks.copying"]
+    unavoidable(*pair, out)  # warms the page cache
+    shutil.rmtree(out)
+    taken = alternated(
+        {
+            "surgery": lambda: _fresh(lox(pair, out), out),
+            "unavoidable": lambda: _fresh([*this, "unavoidable", *pair, out], out),
+            "copy": lambda: _fresh([*this, "bare_copy", pair[1], out], out),
+        },
+        repeats,
+    )
+    ours, theirs, bare = (taken[name] for name in ("surgery", "unavoidable", "copy"))
+    label, billions = f"1.1B, {kind}, edit/weight {ratio:g}", SIZES["1.1B"].parameters() / 1e9
+    value, per = median(ours) / median(theirs), median(ours, "core") / billions
+    least = median(theirs, "core") / billions
+    return [
+        Row(
+            f"{label}: command / (copy + fsync + SHA-256)",
+            value,
+            "x",
+            "at most 2.0, aim 1.3",
+            value <= 2.0,
+            f"{spread(ours)} against {spread(theirs)}",
+        ),
+        Row(f"{label}: command / (cp + fsync)", median(ours) / median(bare), "x", detail=spread(bare)),
+        Row(
+            f"{label}: core-seconds per 1e9 parameters",
+            per,
+            "s",
+            "aim 20 or less",
+            per <= 20,
+            f"of which copying and hashing take {least:.1f} s alone",
+        ),
+    ]
+
+
+def _fresh(arguments: list[str | Path], output: Path) -> Measured:
+    """A command that writes `output`, which is removed again; nothing of it is left to be written back."""
+    measured = command(arguments)
+    shutil.rmtree(output)
+    os.sync()
+    return measured
 
 
 if __name__ == "__main__":

@@ -61,11 +61,19 @@ def _kind(kind: str, sides: tuple[int, int], repeats: int) -> list[Row]:
     spiked = kind == "spiked"
     return [
         Row(
-            f"{label}: full SVD / certified", against_full, "x", "at least 50, aim 100" if spiked else "",
-            against_full >= 50 if spiked else None, f"{spread(full)} against {spread(ours)}",
+            f"{label}: full SVD / certified",
+            against_full,
+            "x",
+            "at least 50, aim 100" if spiked else "",
+            against_full >= 50 if spiked else None,
+            f"{spread(full)} against {spread(ours)}",
         ),
         Row(
-            f"{label}: certified / svd_lowrank", against_lowrank, "x", "at most 2" if kind != "noise" else "",
-            against_lowrank <= 2 if kind != "noise" else None, f"{spread(theirs)}; {errors}",
+            f"{label}: certified / svd_lowrank",
+            against_lowrank,
+            "x",
+            "at most 2" if kind != "noise" else "",
+            against_lowrank <= 2 if kind != "noise" else None,
+            f"{spread(theirs)}; {errors}",
         ),
     ]

@@ -31,8 +31,12 @@ def experts(repeats: int, count: int = EXPERTS) -> list[Row]:
     value = median(taken["experts"]) / median(taken["single"])
     return [
         Row(
-            f"{count} experts of {COLUMNS} x {ROWS} / one matrix with as many entries: edit", value, "x", "at most 3",
-            value <= 3, f"{spread(taken['experts'])} against {spread(taken['single'])}",
+            f"{count} experts of {COLUMNS} x {ROWS} / one matrix with as many entries: edit",
+            value,
+            "x",
+            "at most 3",
+            value <= 3,
+            f"{spread(taken['experts'])} against {spread(taken['single'])}",
         )
     ]
 
@@ -62,8 +66,12 @@ def rounding(repeats: int, sides: tuple[int, int] = (4096, 11008)) -> list[Row]:
         entries = sides[0] * sides[1] / 1e9
         found.append(
             Row(
-                f"{sides[0]} x {sides[1]}, edit/weight {ratio:g}: compensated / nearest", value, "x", "at most 2",
-                value <= 2, "; ".join(
+                f"{sides[0]} x {sides[1]}, edit/weight {ratio:g}: compensated / nearest",
+                value,
+                "x",
+                "at most 2",
+                value <= 2,
+                "; ".join(
                     f"{mode} {median(taken[mode]) / entries:.1f} ns an entry, retention {kept[mode]:.4f}"
                     for mode in modes
                 ),

@@ -61,15 +61,23 @@ def rows(folder: Path) -> list[Row]:
     single = peaks["1.1B"]
     found.append(
         Row(
-            "1.1B: anonymous memory above an interpreter with torch", single / MIB, "MiB", "at most 1024",
-            single <= 1024 * MIB, f"the interpreter itself has {torch_alone / MIB:.0f} MiB",
+            "1.1B: anonymous memory above an interpreter with torch",
+            single / MIB,
+            "MiB",
+            "at most 1024",
+            single <= 1024 * MIB,
+            f"the interpreter itself has {torch_alone / MIB:.0f} MiB",
         )
     )
     ratio = peaks["1.1B-twice"] / single
     found.append(
         Row(
-            "1.1B with twice the layers / 1.1B: anonymous memory", ratio, "x", "within 5 % of 1",
-            abs(ratio - 1) <= 0.05, f"{peaks['1.1B-twice'] / MIB:.0f} MiB against {single / MIB:.0f} MiB",
+            "1.1B with twice the layers / 1.1B: anonymous memory",
+            ratio,
+            "x",
+            "within 5 % of 1",
+            abs(ratio - 1) <= 0.05,
+            f"{peaks['1.1B-twice'] / MIB:.0f} MiB against {single / MIB:.0f} MiB",
         )
     )
     limit = 1200 * MIB
@@ -77,6 +85,12 @@ def rows(folder: Path) -> list[Row]:
     held = peak(lox(pair, folder / "out", "--memory-limit", f"{limit // MIB}MiB"))
     shutil.rmtree(folder / "out")
     found.append(
-        Row("1.1B with --memory-limit 1200MiB: anonymous memory", held / MIB, "MiB", "below 1200", held < limit)
+        Row(
+            "1.1B with --memory-limit 1200MiB: anonymous memory",
+            held / MIB,
+            "MiB",
+            "below 1200",
+            held < limit,
+        )
     )
     return found

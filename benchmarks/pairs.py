@@ -1,12 +1,12 @@
-"""Synthetic pairs of checkpoints: Llama shapes in bfloat16, an aligned one that differs from its base by a known kind of update.
+"""Synthetic pairs of checkpoints: Llama shapes in bfloat16, aligned and base apart by a known kind of update.
 
     python -m benchmarks.pairs FOLDER --size 1.1B --kind spiked --ratio 1e-2
 
-Kinds of the update of a matrix (m, n), scaled so that its norm is `ratio` times that of the weight:
+Kinds of the update of a matrix (m, n), its norm `ratio` times that of the weight:
 
 * spiked: 8 singular values from 1.1 to 4 times the edge sqrt(m) + sqrt(n) of a Gaussian bulk;
-* bulk: Gaussian entries with rows and columns of uneven size (powers of their place, -0.2): singular values that
-  fall slowly and leave no gap at the rank, the first six holding 2 to 8 % of the energy, as updates of real models do;
+* bulk: Gaussian entries with rows and columns of uneven size (powers of their place, -0.2): singular values
+  that fall slowly and leave no gap at the rank, the first six holding 2 to 8 % of the energy, as real updates do;
 * noise: Gaussian entries alone, the hardest case: the values at the edge differ by their spacing only.
 """
 
@@ -76,9 +76,7 @@ def update(kind: str, m: int, n: int, generator: torch.Generator) -> Tensor:
     delta = torch.randn(m, n, generator=generator)
     if kind == "spiked":
         strengths = torch.linspace(STRONGEST, WEAKEST, SPIKES) * (m**0.5 + n**0.5)
-        left, right = (
-            torch.linalg.qr(torch.randn(side, SPIKES, generator=generator)).Q for side in (m, n)
-        )
+        left, right = (torch.linalg.qr(torch.randn(side, SPIKES, generator=generator)).Q for side in (m, n))
         delta.addmm_(left * strengths, right.mT)
     if kind == "bulk":
         for axis, side in enumerate((m, n)):
@@ -143,7 +141,9 @@ def _config(shape: Shape) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=SIZES, default="1.1B")
     parser.add_argument("--kind", choices=("spiked", "bulk", "noise"), default="spiked")

@@ -28,7 +28,9 @@ def edit(aligned: Tensor, base: Tensor, rank: int = RANK, alpha: float = ALPHA) 
 
 def edit_stage(aligned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every tensor of two or more dimensions edited."""
-    return {name: edit(weight, base[name]) if weight.dim() >= 2 else weight for name, weight in aligned.items()}
+    return {
+        name: edit(weight, base[name]) if weight.dim() >= 2 else weight for name, weight in aligned.items()
+    }
 
 
 def main(base: Path, aligned: Path, output: Path) -> None:
@@ -51,7 +53,11 @@ def timed_edit_stage(base: Path, aligned: Path) -> float:
 
     torch.set_num_threads(cores())
     sides = [
-        {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+        {
+            name: tensor
+            for file in sorted(path.glob("*.safetensors"))
+            for name, tensor in load_file(file).items()
+        }
         for path in (aligned, base)
     ]
     begun = time.perf_counter()

@@ -35,11 +35,24 @@ def rows(folder: Path, repeats: int) -> list[Row]:
     points = [(SIZES[name].parameters() / 1e9, median(taken[name])) for name in NAMES]
     start, slope = fitted(points)
     detail = "; ".join(f"{name} {spread(taken[name])}" for name in NAMES)
-    found = [Row("seconds per 1e9 parameters (slope of the fit)", slope, "s", detail=f"start {start:.2f} s; {detail}")]
+    found = [
+        Row(
+            "seconds per 1e9 parameters (slope of the fit)",
+            slope,
+            "s",
+            detail=f"start {start:.2f} s; {detail}",
+        )
+    ]
     for (near, far), (one, other) in zip(pairwise(NAMES), pairwise(points), strict=True):
         own = (other[1] - one[1]) / (other[0] - one[0])
         value = slope / own
         found.append(
-            Row(f"{near} to {far}: slope of the fit / own slope", value, "x", "within 15 % of 1", abs(value - 1) <= 0.15)
+            Row(
+                f"{near} to {far}: slope of the fit / own slope",
+                value,
+                "x",
+                "within 15 % of 1",
+                abs(value - 1) <= 0.15,
+            )
         )
     return found

@@ -66,4 +66,6 @@ def _fresh(arguments: list[str | Path], folder: Path) -> Measured:
 def _row(name: str, taken: dict[str, list[Measured]], target: float) -> Row:
     ours, theirs = taken["ours"], taken["reference"]
     value = median(theirs) / median(ours)
-    return Row(name, value, "x", f"at least {target:g}", value >= target, f"{spread(theirs)} against {spread(ours)}")
+    return Row(
+        name, value, "x", f"at least {target:g}", value >= target, f"{spread(theirs)} against {spread(ours)}"
+    )

@@ -36,8 +36,8 @@ from surgery.checkpoint.layout import Checkpoint
 from surgery.checkpoint.reader import Reader
 from surgery.checkpoint.staging import Staging
 from surgery.checkpoint.writer import ShardFile, Written, write_file
-from surgery.edits import in_work_order
 from surgery.editing import Editor, Record, as_bytes, require_finite, update_figures
+from surgery.edits import in_work_order
 from surgery.errors import InputError, UsageError
 from surgery.inputs import InputHashes
 from surgery.methods.base import WeightEdit, WeightUpdate
@@ -46,8 +46,8 @@ from surgery.selection import kind_of, text_config
 from surgery.spectral import Factors
 
 if TYPE_CHECKING:
+    from surgery.edits import Progress
     from surgery.job import Job
-    from surgery.pipeline import Progress
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -98,6 +98,7 @@ def edit_places(
     names, tied, places = Names(aligned.tensors, model), tied_parameters(model), {}
     for step in steps.values():
         if step.action == "edit":
+            _refuse_fp8(step)
             place = names.place(step.name)
             if place is None:
                 raise nowhere(step.name)
@@ -108,6 +109,14 @@ def edit_places(
                 )
             places[step.name] = place
     return names, places
+
+
+def _refuse_fp8(step: Step) -> None:
+    weight = step.weight or step
+    if weight.scaling is not None or weight.base_scaling is not None:
+        raise InputError(
+            f"{weight.name} is stored in fp8, and an adapter is exact on wider floats only; {WAY_OUT}"
+        )
 
 
 def refuse_unplaceable(

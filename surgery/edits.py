@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+Progress = Callable[[str, int, int], None]
+"""Called after each shard with its name, how many are done, and how many there are."""
+
 
 def in_work_order(job: "Job", shards: Sequence[Shard], work: Callable[[Step], _T]) -> Generator[_T]:
     """Yield what `work` makes of each step of these shards that is an edit, within the run's memory.

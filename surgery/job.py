@@ -10,7 +10,7 @@ import torch
 
 from surgery import memory, provenance, resources, workers
 from surgery.adapter import adapter_method, adapter_size, refuse_unplaceable
-from surgery.checkpoint.layout import Checkpoint, open_checkpoint
+from surgery.checkpoint.layout import Checkpoint
 from surgery.checkpoint.quantised import refuse_quantised
 from surgery.checkpoint.sidecars import list_sidecars
 from surgery.checkpoint.staging import partial_of
@@ -78,7 +78,7 @@ def prepare(
     Raises:
         SurgeryError: Anything that would keep the run from succeeding, as far as headers tell.
     """
-    # One thread a tensor and several tensors at once: no thread waits for another, and no byte depends on their number.
+    # One thread a tensor and several tensors at once: none waits for another, and no byte depends on their number.
     torch.set_num_threads(1)
     sources = {
         role: resolve(
@@ -90,8 +90,7 @@ def prepare(
     target = Path(output) if output is not None else default_output(method, sources["aligned"], options)
     _refuse_paths(sources, target)
     checkpoints = {
-        role: open_source(source, allow_pickle=options.allow_pickle)
-        for role, source in sources.items()
+        role: open_source(source, allow_pickle=options.allow_pickle) for role, source in sources.items()
     }
     for checkpoint in checkpoints.values():
         refuse_quantised(checkpoint)

@@ -12,13 +12,14 @@ from surgery.plan import Step, output_size
 INTERPRETER = 450 << 20
 """Resident bytes of a process that has loaded torch and holds no tensor."""
 
+BESIDE = 256 << 20
+"""Bytes that may be in work beside the tensor that needs most."""
+
 # Vectors of float32 kept for each row and each column of a matrix by the truncated SVD (its bases and its products),
 # and the float64 vectors of the result.
 _BASIS_BYTES = 2 * 4 * 96 + 2 * 8 * 16
 # Buffers of one worker while it stores an edit, and of the threads that hash and write.
 _BUFFERS = 32 << 20
-# What may be in work at once beside the tensor that needs most.
-_BESIDE = 256 << 20
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -41,11 +42,23 @@ def parse_bytes(text: str) -> int:
 
 def need(step: Step, aligned: Checkpoint, base: Checkpoint) -> int:
     """Bytes that editing a tensor takes at most: both weights, their difference, the result and the workspace."""
-    entries = math.prod(step.shape)
+    # A scale is found by editing its weight; fp8 weights are taken to float32 first.
+    step = step.weight or step
+    scaled = (step.scaling is not None) + (step.base_scaling is not None)
     weights = aligned.tensors[step.name].nbytes + (base.tensors[step.base].nbytes if step.base else 0)
-    matrices = math.prod(step.shape[:-2])
-    basis = matrices * sum(step.shape[-2:]) * _BASIS_BYTES
-    return weights + output_size(step) + 4 * entries + basis + _BUFFERS
+    return tensor_need(step.shape, weights + output_size(step), scaled)
+
+
+def tensor_need(shape: tuple[int, ...], stored: int, scaled: int = 0) -> int:
+    """Bytes that editing a tensor of this shape takes at most.
+
+    Args:
+        shape: (m, n), or (experts, m, n).
+        stored: Bytes of both weights and of the result as stored.
+        scaled: How many of the two weights are taken to float32 as a whole (block-scaled fp8).
+    """
+    basis = math.prod(shape[:-2]) * sum(shape[-2:]) * _BASIS_BYTES
+    return stored + 4 * math.prod(shape) * (1 + scaled) + basis + _BUFFERS
 
 
 def largest_need(steps: Mapping[str, Step], aligned: Checkpoint, base: Checkpoint) -> tuple[int, str]:
@@ -67,7 +80,7 @@ def in_work(steps: Mapping[str, Step], aligned: Checkpoint, base: Checkpoint, li
     """
     largest, name = largest_need(steps, aligned, base)
     if limit is None:
-        return largest + _BESIDE
+        return largest + BESIDE
     if (room := parse_bytes(limit) - INTERPRETER) < largest:
         raise ResourceError(
             f"--memory-limit is {limit}, and editing {name} alone takes a process of about "

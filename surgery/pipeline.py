@@ -15,6 +15,7 @@ from surgery import finishing, provenance, resources
 from surgery.adapter import write_adapter
 from surgery.checkpoint.staging import MANIFEST, Staging, partial_of, refuse_existing
 from surgery.editing import Record
+from surgery.edits import Progress
 from surgery.errors import InputError, ResourceError, UsageError
 from surgery.hub import fetch
 from surgery.hub.remote import disk_need
@@ -24,7 +25,7 @@ from surgery.methods.base import WeightEdit
 from surgery.options import Options
 from surgery.plan import Plan
 from surgery.processes import team
-from surgery.shards import Progress, write_shards
+from surgery.shards import write_shards
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,15 @@ from surgery.checkpoint.reader import Reader
 from surgery.checkpoint.staging import Staging
 from surgery.checkpoint.writer import ShardFile
 from surgery.editing import Edited, Editor, Record, as_bytes, copied
-from surgery.edits import in_work_order
+from surgery.edits import Progress, in_work_order
 from surgery.inputs import InputHashes
 from surgery.job import Job
 from surgery.plan import Step, output_size
 from surgery.processes import shares, team
 from surgery.streams import Inputs
 
-Progress = Callable[[str, int, int], None]
 
-
-def write_shards(
-    job: Job, staging: Staging, hashes: InputHashes, progress: Progress | None
-) -> list[Record]:
+def write_shards(job: Job, staging: Staging, hashes: InputHashes, progress: Progress | None) -> list[Record]:
     """Write every shard that the journal does not already hold; return the per-tensor records.
 
     Of several processes each writes its share; all return the records of all.
@@ -91,7 +87,9 @@ class _Share:
             if other.name in needed & self._hashed_here:
                 call("base", other)
 
-    def _shard(self, shard: Shard, edits: Iterator[Edited], editor: Editor, aligned: Reader) -> dict[str, Any]:
+    def _shard(
+        self, shard: Shard, edits: Iterator[Edited], editor: Editor, aligned: Reader
+    ) -> dict[str, Any]:
         """Write one shard and return its journal entry."""
         steps = [self._job.plan.steps[info.name] for info in shard.header.tensors]
         header = _output_header(shard, steps)
@@ -115,7 +113,9 @@ def _write_tensor(
     editor.require_finite_base(step)
     for chunk in copied(aligned, info, step.dtype):
         file.write(chunk)
-    return edited.record if edited is not None else {"name": step.name, "action": "copy", "reason": step.reason}
+    return (
+        edited.record if edited is not None else {"name": step.name, "action": "copy", "reason": step.reason}
+    )
 
 
 def _output_header(shard: Shard, steps: list[Step]) -> bytes:

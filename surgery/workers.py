@@ -21,14 +21,12 @@ def count() -> int:
     return min(granted, int(asked)) if asked.isdigit() and int(asked) > 0 else granted
 
 
-def in_order(
-    tasks: Iterable[tuple[int, Callable[[], _T]]], *, workers: int, budget: int
-) -> Generator[_T]:
+def in_order(tasks: Iterable[tuple[int, Callable[[], _T]]], *, workers: int, budget: int) -> Generator[_T]:
     """Yield the results of calls that run on several threads, in the order of the calls.
 
-    A call is begun when the bytes of all that are begun and not yet taken, its own included, fit into the budget (a
-    few calls for each worker at most), or when there are no others. The first failure is raised in its turn; calls not
-    yet begun are then dropped, as they are when the generator is closed. Calls that run are waited for.
+    A call is begun when the bytes of all that are begun and not yet taken, its own included, fit into the budget
+    (a few calls for each worker at most), or when there are no others. The first failure is raised in its turn; calls
+    not yet begun are then dropped, as they are when the generator is closed. Calls that run are waited for.
 
     Args:
         tasks: The bytes each call needs until its result is taken, and the call.

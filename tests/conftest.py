@@ -7,6 +7,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Triton's interpreter runs its kernels where there is no GPU; read when the first kernel is decorated.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["NO_COLOR"] = "1"
 os.environ["COLUMNS"] = "200"
 

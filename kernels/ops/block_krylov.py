@@ -168,8 +168,8 @@ class Krylov:
         drawn = drawn.to(operator.device, operator.dtype).expand(batch, -1, -1)
         first, _ = orthonormalise(drawn, self._bases[0].filled, generator)
         self._bases[0].append(first)
-        wide = {"dtype": torch.float64, "device": operator.device}
-        self._coefficients = [torch.zeros(batch, rows, 0, **wide) for rows in (0, block)]
+        nothing = torch.zeros(batch, 0, 0, dtype=torch.float64, device=operator.device)
+        self._coefficients = [nothing, nothing.new_zeros(batch, block, 0)]
         self._ahead: Tensor | None = None
         # Roundoff of the newest left image in units of a product's, and what the next step makes of it at a guess.
         self._grown, self._rate = 1.0, 1.0
@@ -208,10 +208,12 @@ class Krylov:
         expressed = self._coefficients[0][..., -self.block :]
         old, new = expressed[:, : -self.block], expressed[:, -self.block :]
         inverse, failed = torch.linalg.inv_ex(new)
-        # Roundoff of Z is that of a product times the length of Y; that of the old products, which grew before, enters
-        # with the size of C. Both are per column, on the average over a block.
+        # Roundoff of Z is that of a product times the length of Y; that of the old products, which grew before,
+        # enters with the size of C. Both are per column, on the average over a block.
         entering = torch.linalg.matrix_norm(expressed) + self._grown * torch.linalg.matrix_norm(old)
-        growth = float((entering * torch.linalg.matrix_norm(inverse)).nan_to_num(torch.inf).amax()) / self.block
+        growth = (
+            float((entering * torch.linalg.matrix_norm(inverse)).nan_to_num(torch.inf).amax()) / self.block
+        )
         self._rate = growth / (1.0 + self._grown)
         if bool(failed.any()) or growth > self._most:
             self._grown = 1.0

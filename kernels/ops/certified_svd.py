@@ -76,7 +76,7 @@ class _Patience:
 
 @dataclass
 class _Schedule:
-    """When to solve the small problem: at the first looks, then when the residuals are expected to be small enough."""
+    """When to solve the small problem: at the first looks, then when residuals are expected to be small enough."""
 
     due: int = _LOOKS[0]
     before: tuple[int, float] | None = None
@@ -135,7 +135,11 @@ def exact(delta: Float[Tensor, "batch m n"], energy: Float[Tensor, " batch"], ra
     work = delta.double() if short <= _WIDE else delta
     left, values, rows = torch.linalg.svd(work, full_matrices=False)
     count = min(rank + 1, short)
-    left, values, right = left[..., :count].mT.contiguous(), values[..., :count].double(), rows[..., :count, :]
+    left, values, right = (
+        left[..., :count].mT.contiguous(),
+        values[..., :count].double(),
+        rows[..., :count, :],
+    )
     triplets = _measured(work, left, values, right.contiguous())
     reached = _judge(triplets, energy, rank, ROUNDOFF[work.dtype], ROUNDOFF[delta.dtype])
     verdicts = [Verdict(*pair, "exact", 0, short) for pair in zip(*_lists(reached), strict=True)]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from refusals import check_message, refused, run, snapshot
 
-from surgery import editing, errors, finishing, pipeline, resources
+from surgery import editing, errors, finishing, resources
 from surgery.checkpoint import writer
 from surgery.cli.app import main
 
