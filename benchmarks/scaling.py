@@ -1,12 +1,11 @@
 """Time against size: a straight line through three models."""
 
-import os
-import shutil
 from itertools import pairwise
 from pathlib import Path
 
+from benchmarks.copying import fresh
 from benchmarks.pairs import SIZES, write_pair
-from benchmarks.timing import Measured, Row, alternated, command, lox, median, spread
+from benchmarks.timing import Measured, Row, alternated, lox, median, spread
 
 NAMES = ("0.3B", "1.1B", "2B")
 
@@ -24,13 +23,8 @@ def rows(folder: Path, repeats: int) -> list[Row]:
     pairs = {name: write_pair(folder / f"{name}-spiked-0.01", name, "spiked", 1e-2) for name in NAMES}
 
     def once(name: str) -> Measured:
-        measured = command(lox(pairs[name], folder / "out"))
-        shutil.rmtree(folder / "out")
-        os.sync()
-        return measured
+        return fresh(lox(pairs[name], folder / "out"), pairs[name], folder / "out")
 
-    for name in NAMES:
-        once(name)
     taken = alternated({name: lambda name=name: once(name) for name in NAMES}, repeats)
     points = [(SIZES[name].parameters() / 1e9, median(taken[name])) for name in NAMES]
     start, slope = fitted(points)

@@ -1,12 +1,12 @@
 """A whole small model (SmolLM2-135M's shapes) against the authors' computation: the edit stage, and the command."""
 
-import shutil
 import sys
 from pathlib import Path
 
+from benchmarks.copying import fresh
 from benchmarks.pairs import write_pair
 from benchmarks.reference import timed_edit_stage
-from benchmarks.timing import Measured, Row, alternated, command, lox, median, spread, timed
+from benchmarks.timing import Measured, Row, alternated, lox, median, spread, timed
 from surgery.checkpoint.reader import Reader
 from surgery.editing import Editor
 from surgery.edits import in_work_order
@@ -39,9 +39,11 @@ def rows(folder: Path, repeats: int) -> list[Row]:
         found.append(_row(f"135M, {kind}: reference / ours, edit stage", taken, 25))
         taken = alternated(
             {
-                "ours": lambda pair=pair: _fresh(lox(pair, folder / "out"), folder),
-                "reference": lambda pair=pair: _fresh(
-                    [sys.executable, "-m", "benchmarks.reference", *pair, folder / "out"], folder
+                "ours": lambda pair=pair: fresh(lox(pair, folder / "out"), pair, folder / "out"),
+                "reference": lambda pair=pair: fresh(
+                    [sys.executable, "-m", "benchmarks.reference", *pair, folder / "out"],
+                    pair,
+                    folder / "out",
                 ),
             },
             repeats,
@@ -55,12 +57,6 @@ def _single_threaded(job: Job) -> Measured:
 
     torch.set_num_threads(1)
     return timed(lambda: edit_all(job))
-
-
-def _fresh(arguments: list[str | Path], folder: Path) -> Measured:
-    measured = command(arguments)
-    shutil.rmtree(folder / "out")
-    return measured
 
 
 def _row(name: str, taken: dict[str, list[Measured]], target: float) -> Row:

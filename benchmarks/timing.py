@@ -79,8 +79,8 @@ def timed(call: Callable[[], object]) -> Measured:
     return Measured(time.perf_counter() - wall, time.process_time() - core)
 
 
-def command(arguments: Sequence[str | Path], extra: Mapping[str, str] | None = None) -> Measured:
-    """A command in a process of its own, its children included.
+def command(arguments: Sequence[str | Path], folder: Path) -> Measured:
+    """A command in a process of its own, its children included, run in a folder.
 
     Raises:
         subprocess.CalledProcessError: It failed.
@@ -89,7 +89,8 @@ def command(arguments: Sequence[str | Path], extra: Mapping[str, str] | None = N
     subprocess.run(
         [str(one) for one in arguments],
         check=True,
-        env={**os.environ, **ENVIRONMENT, **(extra or {})},
+        cwd=folder,
+        env={**os.environ, **ENVIRONMENT},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -140,5 +140,7 @@ def _measured(role: str, shard: Shard) -> str:
         return file_sha256(shard.path)
     stated = recorded_sha256(shard)
     if stated is None:
-        raise InputError(f"the Hub states no SHA-256 of {shard.name} of the {role} model; run without --stream")
+        raise InputError(
+            f"the Hub states no SHA-256 of {shard.name} of the {role} model; run without --stream"
+        )
     return stated

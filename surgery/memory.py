@@ -8,6 +8,7 @@ from surgery import workers
 from surgery.checkpoint.layout import Checkpoint
 from surgery.errors import ResourceError, UsageError
 from surgery.plan import Step, output_size
+from surgery.spectral import is_stored
 
 INTERPRETER = 450 << 20
 """Resident bytes of a process that has loaded torch and holds no tensor."""
@@ -58,7 +59,8 @@ def tensor_need(shape: tuple[int, ...], stored: int, scaled: int = 0) -> int:
         scaled: How many of the two weights are taken to float32 as a whole (block-scaled fp8).
     """
     basis = math.prod(shape[:-2]) * sum(shape[-2:]) * _BASIS_BYTES
-    return stored + 4 * math.prod(shape) * (1 + scaled) + basis + _BUFFERS
+    wide = (1 if is_stored(shape) else 0) + scaled
+    return stored + 4 * math.prod(shape) * wide + basis + _BUFFERS
 
 
 def largest_need(steps: Mapping[str, Step], aligned: Checkpoint, base: Checkpoint) -> tuple[int, str]:

@@ -103,7 +103,11 @@ def _group() -> Any:
     """A gloo group of all processes: objects cannot be sent over NCCL without a GPU each."""
     import torch.distributed as dist
 
-    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return (
+        dist.group.WORLD
+        if dist.get_backend() == "gloo"
+        else dist.new_group(backend="gloo", timeout=_PATIENCE)
+    )
 
 
 def leave() -> None:

@@ -6,13 +6,16 @@ What was stored, D = round(W + E) - W, is judged by its retention <D, E> / ||E||
 * nearest: round to nearest, ties to even.
 * stochastic: up with probability equal to the fraction; unbiased, noisy; Philox bits keyed by seed and tensor name.
 * compensated: round to nearest, but of W + U C V^T, where E = U S V^T and the k x k core C is chosen so that
-  U^T D V = S. Fixed point C <- C + (S - U^T D V) from C = S. Deterministic; at small edits a half to a third of the
-  noise of stochastic. An edit of full rank has no small core: there C is one number, the gain along E, chosen so
-  that <D, E> = ||E||^2.
+  U^T D V = S. From C = S the residual S - U^T D V is added to C, times a length learnt from the answers so far; at
+  first on a sample of the rows, then on all of them without storing, then storing. Deterministic at a given number of
+  threads; at small edits a half to a third of the noise of stochastic. An edit of full rank has no small core: there
+  C is one number, the gain along E, chosen so that <D, E> = ||E||^2.
 * auto: nearest where it retains at least `ENOUGH`, else compensated.
 """
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -21,13 +24,22 @@ from torch import Tensor
 
 from surgery.errors import InputError, UsageError
 from surgery.kernels import philox
-from surgery.kernels.store import AbstractEdit, Dense, LowRank, Pass, nearest, norms, stochastic, tiles, wide
+from surgery.kernels.edits import AbstractEdit, Dense, LowRank
+from surgery.kernels.rounders import Stochastic, to_nearest, wide
+from surgery.kernels.store import Figures, Pass
+from surgery.kernels.tiling import sample, tiles
 from surgery.spectral import Factors
 
 Mode = Literal["auto", "nearest", "compensated", "stochastic"]
 
 ENOUGH = 0.99
 """Retention from which `auto` is content with rounding to nearest."""
+
+HOPELESS = 0.97
+"""Retention of a sample below which rounding all to nearest is not tried: the sample errs by a thousandth or so."""
+
+SAMPLE = 1 << 18
+"""Entries of a matrix at least in a sample; it also has a sixteenth of them."""
 
 TOLERANCE = 1e-3
 """Compensation stops where ||S - U^T D V||_F is this small beside ||E||_F, in every matrix of a batch."""
@@ -54,7 +66,7 @@ class Stored:
     noise: float
     """||D - E||_F / ||E||_F; 0 where E is zero."""
     noise_spectral: float
-    """||D - E||_2 / ||E||_2, the largest of a batch; estimated, some per cent too small at most (`store.norms`)."""
+    """||D - E||_2 / ||E||_2, the largest of a batch; estimated, some per cent too small (`kernels.stretch`)."""
     iterations: int
     """Corrections of the core by compensation; 0 for other modes."""
     inner: float
@@ -63,6 +75,8 @@ class Stored:
     """||E||_F^2."""
     noise_energy: float
     """||D - E||_F^2."""
+    anchor_energy: float
+    """||anchor||_F^2."""
     changed: int
     """Entries whose stored value is not the anchor's own, rounded to nearest."""
 
@@ -75,6 +89,7 @@ def store(
     mode: Mode,
     seed: int,
     name: str,
+    out: Tensor | None = None,
 ) -> Stored:
     """`anchor + edit` in `dtype`, with one rounding at the end, and how much of the edit that kept.
 
@@ -88,21 +103,38 @@ def store(
         mode: How to round.
         seed: With `name`, the key of the random bits (`stochastic`) and of the norm estimate.
         name: The tensor's name, for that key and for errors.
+        out: Where to store: contiguous, of the shape of `anchor`, in `dtype` and on its device; made if None.
 
     Raises:
         InputError: `anchor` or the result holds infinity or NaN, or the sum overflows `dtype`.
         UsageError: an unknown mode or dtype, or shapes that differ.
     """
     _check(anchor, edit, dtype, mode, name)
+    words = philox.key(seed, name)
+    seed = words[0] | words[1] << 31
     flat = anchor.reshape(-1, *anchor.shape[-2:])
-    job = Pass(flat, _edit(edit, flat, dtype), torch.empty_like(flat, dtype=dtype))
+    rounder = Stochastic(words) if mode == "stochastic" else to_nearest
+    job = Pass(flat, _edit(edit, flat, dtype), _place(out, flat, anchor.shape, dtype, name), rounder)
     energy = (job.edit.core * job.edit.target).sum((-2, -1))
     if not energy.any():
         return _unchanged(job, anchor.shape, name)
-    words = philox.key(seed, name)
-    used, found, iterations = _fill(job, energy, mode, words)
-    _refuse_overflow(job, name)
-    return _judge(job, anchor.shape, energy, found, used, iterations, words)
+    result = _fill(job, energy, mode, seed)
+    # A value that is not finite makes a sum of squares infinite or no number.
+    if not (result.figures.noise + result.figures.anchor).isfinite().all():
+        _refuse_overflow(job, name)
+    return _judge(job, anchor.shape, energy, result, seed)
+
+
+def _place(out: Tensor | None, flat: Tensor, shape: torch.Size, dtype: torch.dtype, name: str) -> Tensor:
+    """Where to store, as a batch of matrices."""
+    if out is None:
+        return torch.empty_like(flat, dtype=dtype, memory_format=torch.contiguous_format)
+    if (out.shape, out.dtype, out.device) != (shape, dtype, flat.device) or not out.is_contiguous():
+        raise UsageError(
+            f"{name}: the place for the result is {_label(out.dtype)} {tuple(out.shape)} on {out.device}; needed a "
+            f"contiguous {_label(dtype)} {tuple(shape)} on {flat.device}."
+        )
+    return out.view(flat.shape)
 
 
 def _check(anchor: Tensor, edit: Factors | Tensor, dtype: torch.dtype, mode: str, name: str) -> None:
@@ -136,48 +168,148 @@ def _edit(edit: Factors | Tensor, flat: Tensor, dtype: torch.dtype) -> AbstractE
     return LowRank(left, edit.values.reshape(-1, k), right, wide(flat.dtype, dtype))
 
 
-def _fill(
-    job: Pass, energy: Float64[Tensor, " batch"], mode: Mode, words: tuple[int, int]
-) -> tuple[str, Float64[Tensor, "batch k k"], int]:
-    """Round into `job.out`; the mode used, the core of what is stored, and the iterations."""
-    core, every = job.edit.core, torch.ones_like(energy, dtype=torch.bool)
-    if mode == "stochastic":
-        return mode, replace(job, rounder=stochastic(words)).write(core, every), 0
-    found = job.write(core, every)
-    if mode == "nearest" or (mode == "auto" and (core * found).sum() >= ENOUGH * energy.sum()):
-        return "nearest", found, 0
-    found, iterations = _compensate(job, found, energy)
-    return "compensated", found, iterations
+@dataclass(frozen=True)
+class _Result:
+    """How a weight was rounded, with the figures of the pass that did it and the block they were made with."""
+
+    mode: str
+    iterations: int
+    figures: Figures
+    block: Tensor
+
+
+def _fill(job: Pass, energy: Float64[Tensor, " batch"], mode: Mode, seed: int) -> _Result:
+    """Round into `job.out`."""
+    core, glimpse = job.edit.core, None
+    if mode in ("auto", "compensated"):
+        glimpse = _Glimpse.of(job, energy)
+    if mode != "compensated" and not (glimpse and glimpse.retention < HOPELESS):
+        block = job.start(core, seed)
+        figures = job.write(core, torch.ones_like(energy, dtype=torch.bool), block)
+        enough = (core * (job.edit.target - figures.residual)).sum() >= ENOUGH * energy.sum()
+        if mode != "auto" or enough:
+            return _Result("stochastic" if mode == "stochastic" else "nearest", 0, figures, block)
+    return _compensate(job, energy, glimpse, seed)
 
 
 def _compensate(
-    job: Pass, found: Float64[Tensor, "batch k k"], energy: Float64[Tensor, " batch"]
-) -> tuple[Float64[Tensor, "batch k k"], int]:
-    """Correct the core of each matrix until what is stored has the intended one; that core, and the iterations.
+    job: Pass, energy: Float64[Tensor, " batch"], glimpse: "_Glimpse | None", seed: int
+) -> _Result:
+    """Find the core on a sample if there is one, then on all entries by looks, then round and make sure."""
+    core, length, before = job.edit.core, torch.ones_like(job.edit.core), torch.zeros_like(energy)
+    if glimpse:
+        trial = _Search(core, length, energy)
+        trial.run(glimpse.residual, 3 * TOLERANCE)
+        core, length, before = trial.best_core, trial.length, trial.iterations
+    search = _Search(core, length, energy)
+    search.run(lambda core, active: job.edit.target - job.look(core, active), 3 * TOLERANCE)
+    block = job.start(search.best_core, seed)
+    stored: list[Figures] = []
 
-    `found` is the core after rounding to nearest. A matrix that has arrived keeps its core, so that a batch gives
-    what its matrices would alone; one that never arrives gets its best.
+    def write(core: Tensor, active: Tensor) -> Tensor:
+        figures = job.write(core, active, block)
+        stored[:] = [figures.where(active, stored[0]) if stored else figures]
+        return figures.residual
+
+    search.run(write, TOLERANCE)
+    if search.stale.any():
+        write(search.best_core, search.stale)
+    return _Result("compensated", int((before + search.iterations).max()), stored[0], block)
+
+
+class _Glimpse:
+    """The response of a few rows to a core, which stands for that of all."""
+
+    def __init__(self, job: Pass, energy: Tensor, some: list[int], share: Tensor) -> None:
+        self._job, self._some, self._share = job, some, share
+        lost = self.residual(job.edit.core, energy > 0)
+        self.retention = 1 - float((job.edit.core * lost).sum() / energy.sum())
+
+    @classmethod
+    def of(cls, job: Pass, energy: Float64[Tensor, " batch"]) -> "_Glimpse | None":
+        """None where the matrices are small, or the edit so uneven over rows that a sample says little."""
+        _, m, n = job.anchor.shape
+        some = sample(job.anchor.shape, max(m * n // 16, SAMPLE))
+        part = len(some) / len(list(tiles(job.anchor.shape)))
+        if part > 0.3:
+            return None
+        share = job.edit.share(some)
+        weights = torch.linalg.eigvalsh(share)[energy > 0]
+        even = bool(((weights > part / 2) & (weights < 2 * part)).all())
+        return cls(job, energy, some, share) if even else None
+
+    def residual(
+        self, core: Float64[Tensor, "batch k k"], active: Bool[Tensor, " batch"]
+    ) -> Float64[Tensor, "batch k k"]:
+        """The intended core minus that of what would be stored, as these rows have it."""
+        lost = self._share @ self._job.edit.within - self._job.look(core, active, self._some)
+        one = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
+        return torch.linalg.solve(_pick(active, self._share, one), lost)
+
+
+class _Search:
+    """Corrects the core of each matrix until what is stored has the intended one.
+
+    A matrix that has arrived keeps its core, so that a batch gives what its matrices would alone; one that never
+    arrives gets its best.
     """
-    core = best_core = job.edit.core
-    best_found, least, setbacks = found, torch.full_like(energy, torch.inf), torch.zeros_like(energy)
-    for iteration in range(LIMIT + 1):
-        residual = job.edit.target - found
-        error = torch.linalg.matrix_norm(residual) / energy.sqrt()
-        better = error < least
-        least, setbacks = torch.where(better, error, least), torch.where(better, setbacks, setbacks + 1)
-        best_core, best_found = _pick(better, core, best_core), _pick(better, found, best_found)
+
+    def __init__(self, core: Tensor, length: Tensor, energy: Float64[Tensor, " batch"]) -> None:
+        self.core = self.best_core = core
+        self.length, self.iterations = length, torch.zeros_like(energy)
+        self._energy = energy
+        # On the diagonal and off it, the core answers differently.
+        one = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
+        self._parts = torch.stack((one, 1 - one))
+        self._answers = self._steps = core.new_zeros(len(core), 2)
+        self._residual = torch.full_like(core, torch.nan)
+        self._measured = False
+        self._error = self._least = torch.full_like(energy, torch.inf)
+        self._setbacks = torch.zeros_like(energy)
+        self.stale = torch.ones_like(energy, dtype=torch.bool)
+        """Matrices whose best core is not the last that was measured in the last run."""
+
+    def run(self, measure: Callable[[Tensor, Tensor], Tensor], tolerance: float) -> None:
+        """Correct until the error of each matrix is at most `tolerance`, or no better one is to be had.
+
+        `measure` gives the residual of a core, for the matrices asked for; it is to be kept to for one run.
+        """
+        self.stale = torch.ones_like(self.stale)
+        if not self._measured:
+            self._measured = True
+            self._take(measure(self.core, self.stale), self.stale)
+        while bool((active := self._active(tolerance)).any()):
+            step = self._residual * self.length * 0.5 ** self._setbacks[:, None, None]
+            self.core = _pick(active, self.core + step, self.core)
+            residual = _pick(active, measure(self.core, active), self._residual)
+            self._learn(step, self._residual - residual, active)
+            self.iterations = self.iterations + active
+            self._take(residual, active)
+
+    def _active(self, tolerance: float) -> Bool[Tensor, " batch"]:
         # Without an edit the error is no number or infinite; such a matrix stays as it is.
-        active = (error > TOLERANCE) & (setbacks < PATIENCE) & (energy > 0)
-        if iteration == LIMIT or not active.any():
-            break
+        able = (self._setbacks < PATIENCE) & (self.iterations < LIMIT) & (self._energy > 0)
+        return able & (self._error > tolerance)
+
+    def _learn(self, step: Tensor, answer: Tensor, active: Tensor) -> None:
+        """Make the next step as long, in residuals, as the answers to steps so far call for, the last ones first."""
+        answers, steps = (
+            torch.einsum("ekl,ekl,pkl->ep", step, other, self._parts) for other in (answer, step)
+        )
+        self._answers, self._steps = answers + 0.1 * self._answers, steps + 0.1 * self._steps
+        diagonal, beside = (self._answers / self._steps)[:, :, None, None].unbind(1)
+        gain = torch.where(self._parts[0] > 0, diagonal, beside)
+        wanted = torch.where(gain > 0, 1 / gain, 2 * self.length).clamp(0.4, 4)
+        self.length = _pick(active, torch.minimum(wanted, 2 * self.length), self.length)
+
+    def _take(self, residual: Tensor, active: Tensor) -> None:
+        self._residual, self._error = residual, torch.linalg.matrix_norm(residual) / self._energy.sqrt()
+        better = active & (self._error < self._least)
+        self._least = torch.where(better, self._error, self._least)
         # What is stored may answer a change of the core twice over: shorter steps end the swinging.
-        core = _pick(active, core + residual * 0.5 ** setbacks[:, None, None], core)
-        found = _pick(active, job.write(core, active), found)
-    # Not `error > least`: after an overflow the error is no number.
-    stale = ~(error <= least) & (energy > 0)
-    if stale.any():
-        job.write(best_core, stale)
-    return best_found, iteration
+        self._setbacks = self._setbacks + (active & ~better)
+        self.best_core = _pick(better, self.core, self.best_core)
+        self.stale = torch.where(active, ~better, self.stale)
 
 
 def _pick(where: Bool[Tensor, " batch"], one: Tensor, other: Tensor) -> Tensor:
@@ -185,12 +317,13 @@ def _pick(where: Bool[Tensor, " batch"], one: Tensor, other: Tensor) -> Tensor:
 
 
 def _refuse_overflow(job: Pass, name: str) -> None:
-    if torch.stack(torch.aminmax(job.out)).isfinite().all():
-        return
+    """Raise InputError for the anchor or the result, whichever holds infinity or NaN."""
     if not torch.stack(torch.aminmax(job.anchor)).isfinite().all():
         raise InputError(
             f"{name}: the weight holds infinity or NaN; needed finite values. Check the file it came from."
         )
+    if torch.stack(torch.aminmax(job.out)).isfinite().all():
+        return
     raise InputError(
         f"{name}: the edited weight does not fit {_label(job.out.dtype)} (largest value "
         f"{torch.finfo(job.out.dtype).max:g}). Store a wider range: --dtype bfloat16, or keep the source's dtype "
@@ -199,33 +332,29 @@ def _refuse_overflow(job: Pass, name: str) -> None:
 
 
 def _unchanged(job: Pass, shape: torch.Size, name: str) -> Stored:
-    for at in tiles(job.anchor.shape):
-        job.out[at] = nearest(job.anchor[at], job.out.dtype)
-    _refuse_overflow(job, name)
-    return Stored(job.out.view(shape), "nearest", 1.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0, 0)
+    energy = job.cast()
+    if not math.isfinite(energy):
+        _refuse_overflow(job, name)
+    return Stored(job.out.view(shape), "nearest", 1.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0, energy, 0)
 
 
 def _judge(
-    job: Pass,
-    shape: torch.Size,
-    energy: Float64[Tensor, " batch"],
-    found: Float64[Tensor, "batch k k"],
-    used: str,
-    iterations: int,
-    words: tuple[int, int],
+    job: Pass, shape: torch.Size, energy: Float64[Tensor, " batch"], result: _Result, seed: int
 ) -> Stored:
-    seed = words[0] | words[1] << 31
-    noise_energy, largest = norms(job.noise(), job.anchor.shape, job.edit.dtype, seed, job.out.device)
-    edit_energy, inner = float(energy.sum()), float((job.edit.core * found).sum())
+    figures = result.figures
+    largest = job.largest(result.block, figures)
+    edit_energy, noise_energy = float(energy.sum()), float(figures.noise.sum())
+    inner = float((job.edit.core * (job.edit.target - figures.residual)).sum())
     return Stored(
         weight=job.out.view(shape),
-        mode=used,
+        mode=result.mode,
         retention=inner / edit_energy,
-        noise=(float(noise_energy.sum()) / edit_energy) ** 0.5,
+        noise=(noise_energy / edit_energy) ** 0.5,
         noise_spectral=float((largest / job.edit.spectral(seed)).nan_to_num(0.0).max()),
-        iterations=iterations,
+        iterations=result.iterations,
         inner=inner,
         edit_energy=edit_energy,
-        noise_energy=float(noise_energy.sum()),
-        changed=job.changed(),
+        noise_energy=noise_energy,
+        anchor_energy=float(figures.anchor.sum()),
+        changed=int(figures.changed.sum()),
     )

@@ -15,6 +15,7 @@ Kind = Literal["matrix", "experts", "embedding", "head", "router", "vector", "no
 _EMBEDDINGS = frozenset(
     [
         "embed_tokens",
+        "embed_tokens_per_layer",
         "wte",
         "wpe",
         "word_embeddings",
@@ -24,6 +25,8 @@ _EMBEDDINGS = frozenset(
         "tokens_embed",
         "embed_positions",
         "position_embeddings",
+        "position_embedding",
+        "pos_embed",
         "token_type_embeddings",
         "shared",
         "embeddings",
@@ -31,12 +34,16 @@ _EMBEDDINGS = frozenset(
         "embedding",
     ]
 )
-_HEADS = frozenset(["lm_head", "embed_out", "output", "head", "score"])
+_HEADS = frozenset(["lm_head", "embed_out", "output", "output_layer", "head", "score"])
 _ROUTERS = frozenset(["gate", "router", "shared_expert_gate"])
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Names under which Granite and JetMoE stack their experts; taken for experts only with a count in the config.
 _STACKED = frozenset(["input_linear", "output_linear"])
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
+# Parts of a multimodal model that are no language model, and modules that predict further tokens.
+_BESIDE = re.compile(
+    r"(^|[._])(visual|vision|vit|image|video|audio|speech|siglip|clip|tower|mtp|talker|(token|code)2wav)(?=[._])"
+)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -46,15 +53,18 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def layer_of(name: str) -> int | None:
-    """The index of the layer a tensor belongs to, None outside the layers."""
+    """The index of the language model's layer that a tensor belongs to, None outside its layers."""
     found = _LAYER.search(name)
-    return int(found.group(1)) if found else None
+    return int(found.group(1)) if found and not _BESIDE.search(name[: found.start() + 1]) else None
 
 
 def _modules(name: str) -> list[str]:
-    """The module path of a tensor: its dotted name without the parameter's own name."""
+    """The module path of a tensor: its dotted name without the parameter's own name.
+
+    A parameter that is no module's `weight` or `bias` counts as a module (`pos_embed`).
+    """
     parts = name.split(".")
-    return parts[:-1] if len(parts) > 1 else parts
+    return parts[:-1] if len(parts) > 1 and parts[-1] not in _EMBEDDINGS else parts
 
 
 def holds_experts(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> bool:
@@ -87,6 +97,9 @@ def _kind_of_matrix(modules: list[str]) -> Kind:
     # A head is the model's last module, not the `output` projection inside a block.
     if modules[-1] in _HEADS and not any(part.isdigit() for part in modules):
         return "head"
-    if modules[-1] in _ROUTERS or "router" in modules:
+    # Modules that predict further tokens (DeepSeek's MTP) are counted as layers and have a head of their own.
+    if modules[-2:] == ["shared_head", "head"]:
+        return "head"
+    if modules[-1] in _ROUTERS or "router" in modules or modules[-2:] == ["gate", "wg"]:
         return "router"
     return "matrix"

@@ -23,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from surgery.errors import InputError, UsageError
-from surgery.kernels import certified_svd
+from surgery.kernels import certified_svd, difference
+from surgery.kernels.block_krylov import Unstored
 from surgery.kernels.certified_svd import Decomposition
 
 Method = Literal["certified", "exact"]
@@ -34,6 +35,8 @@ _FIRST_LOOK = 8
 _NEGLIGIBLE = 1e-6
 # Norms within which squares neither overflow nor lose digits in float32.
 _SAFE = (1e-12, 1e12)
+# Entries of a difference (4 GiB of float32) beyond which every product forms it anew: slower, and in bounded memory.
+_STORED = 1 << 30
 # Powers of two beyond which the squared norm of a matrix leaves the range of float64.
 _LARGEST_EXPONENT = 490
 
@@ -128,9 +131,53 @@ def truncated_svd(
     else:
         found = certified_svd.certified(matrices, energy, rank, _generator(seed, name), tol)
     totals = [math.ldexp(e, 2 * x) for e, x in zip(energy.tolist(), exponent, strict=True)]
-    factors = _factors(found, exponent, delta)
+    factors = _factors(found, exponent, delta.dim(), delta.dtype)
     _check_range(factors, name)
     return Spectrum(factors, tuple(starmap(Certificate, found.verdicts)), tuple(totals))
+
+
+def truncated_svd_of_difference(
+    aligned: Float[Tensor, "*batch m n"],
+    base: Float[Tensor, "*batch m n"],
+    rank: int,
+    *,
+    seed: int,
+    name: str,
+    tol: float = 1e-3,
+) -> Spectrum | None:
+    """`truncated_svd(aligned - base)` without ever holding the difference; None where that cannot be certified.
+
+    Each product forms the difference anew, tile by tile, or in a kernel's registers on a GPU.
+
+    Args:
+        aligned: One matrix or a batch of them, any floating dtype.
+        base: The same shape and device, any floating dtype.
+        rank: As in `truncated_svd`, like `seed`, `name` and `tol`.
+        seed: With `name`, determines the random start.
+        name: The tensor's name.
+        tol: Relative error to certify.
+
+    Raises:
+        InputError: NaN or infinity in a weight.
+    """
+    ours, theirs = (one.detach().reshape(-1, *one.shape[-2:]) for one in (aligned, base))
+    squares, finite = difference.energy(ours, theirs)
+    if not bool(finite.all()):
+        raise InputError(f"{name}: delta holds NaN or infinity; check both checkpoints for damaged weights")
+    in_range = bool(((squares > _SAFE[0] ** 2) & (squares < _SAFE[1] ** 2)).all())
+    if not in_range or certified_svd.is_small(min(aligned.shape[-2:]), rank):
+        return None
+    operator = Unstored(ours, theirs)
+    found, settled = certified_svd.iterated(operator, squares, rank, _generator(seed, name), tol)
+    if not bool(settled.all()):
+        return None
+    factors = _factors(found, [0] * len(ours), aligned.dim(), operator.dtype)
+    return Spectrum(factors, tuple(starmap(Certificate, found.verdicts)), tuple(squares.tolist()))
+
+
+def is_stored(shape: tuple[int, ...]) -> bool:
+    """Whether a difference of this shape is formed once and kept while it is decomposed: unless it is very large."""
+    return math.prod(shape) <= _STORED
 
 
 def automatic_rank(
@@ -287,12 +334,15 @@ def _powers_of_two(exponents: list[int]) -> Tensor:
     return torch.tensor([math.ldexp(1.0, x) for x in exponents], dtype=torch.float64)
 
 
-def _factors(found: Decomposition, exponent: list[int], delta: Tensor) -> Factors:
-    """Factors in the dtype, shape and scale of `delta`; the largest entry of each left vector is positive."""
+def _factors(found: Decomposition, exponent: list[int], dim: int, dtype: torch.dtype) -> Factors:
+    """Factors of the dtype and scale of the matrices; the largest entry of each left vector is positive.
+
+    `dim` is 2 for a matrix that came alone.
+    """
     largest = found.left.abs().argmax(-2, keepdim=True)
     sign = torch.where(found.left.gather(-2, largest) < 0, -1.0, 1.0)
     values = found.values * _powers_of_two(exponent).to(found.values).unsqueeze(-1)
     parts = (found.left * sign, values, (found.right * sign).mT.contiguous())
-    if delta.dim() == 2:
+    if dim == 2:
         parts = (parts[0][0], parts[1][0], parts[2][0])
-    return Factors(*(part.to(delta.dtype) for part in parts))
+    return Factors(*(part.to(dtype) for part in parts))

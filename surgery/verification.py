@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from surgery import methods, provenance
+from surgery.checkpoint.fp8 import Scaled
 from surgery.checkpoint.layout import Checkpoint, open_checkpoint
 from surgery.checkpoint.reader import Reader, file_sha256
 from surgery.checkpoint.staging import MANIFEST
 from surgery.editing import Editor, Record, cast, copied
 from surgery.errors import CheckError, InputError, SurgeryError
+from surgery.hub import fetch
 from surgery.job import Job, prepare
 from surgery.options import Options
 from surgery.plan import Step
@@ -25,6 +27,8 @@ from surgery.plan import Step
 _ALONG_SLACK = 1e-3
 # Where the certificate says nothing (exact ties), a result that lacks half of the edit is still another one.
 _ALONG_LIMIT = 0.5
+# A scale follows the largest entry of its block, which differs between certified edits by a part of the edit.
+_SCALE_SLACK = 1e-5
 
 # What a loader of models would read or run, if it lay in the folder.
 _LOADED = frozenset((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py"))
@@ -145,6 +149,8 @@ def _job(folder: Path, manifest: Mapping[str, Any], *, required: bool, notes: li
             output=folder.with_name(".verify"),
             options=options,
         )
+        for source in job.sources.values():
+            fetch(source)
         _require_same_inputs(job, manifest)
     except SurgeryError as error:
         if required:
@@ -169,7 +175,7 @@ def _require_same_inputs(job: Job, manifest: Mapping[str, Any]) -> None:
 def _unedited(folder: Path, job: Job) -> list[Step]:
     """Steps whose tensor is a copy: planned so, or left unchanged by alignment."""
     lines = (folder / provenance.TENSORS).read_text(encoding="utf-8").splitlines()
-    edited = {record["name"] for record in map(json.loads, lines) if record["action"] == "edit"}
+    edited = {record["name"] for record in map(json.loads, lines) if record["action"] in ("edit", "scale")}
     return [step for step in job.plan.steps.values() if step.action == "copy" or step.name not in edited]
 
 
@@ -207,10 +213,12 @@ def _recompute(folder: Path, job: Job, *, strict: bool, notes: list[str]) -> Ver
                     )
                 continue
             if not torch.equal(stored, edited.tensor):
-                anchor = (
-                    aligned.read(step.name) if job.method.anchor == "aligned" else base.read(step.base or "")
-                )
-                _require_equivalent(stored, edited.tensor, anchor, edited.record)
+                if step.weight is not None:
+                    _require_close_scales(stored, edited.tensor, step.name)
+                else:
+                    anchor = editor.pair(step)[0 if job.method.anchor == "aligned" else 1].cpu()
+                    scales = reader.read(step.scaling.name) if step.scaling else None
+                    _require_equivalent(stored, edited.tensor, anchor, edited.record, _Grid(step, scales))
                 differing.append(step.name)
     if differing and strict:
         raise CheckError(
@@ -231,15 +239,32 @@ def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ldexp(torch.full_like(values, info.eps, dtype=torch.float64), exponent)
 
 
-def _require_equivalent(stored: Tensor, repeated: Tensor, anchor: Tensor, record: Record) -> None:
+@dataclass(frozen=True)
+class _Grid:
+    """How the numbers of a stored tensor become weights: in fp8 by the scales that are stored with it."""
+
+    step: Step
+    scales: Tensor | None
+
+    def weights(self, stored: Tensor) -> Tensor:
+        """The weights in float64."""
+        if self.step.scaling is None or self.scales is None:
+            return stored.double()
+        return Scaled(stored, self.scales, self.step.scaling).dequantised().double()
+
+
+def _require_equivalent(
+    stored: Tensor, repeated: Tensor, anchor: Tensor, record: Record, grid: _Grid
+) -> None:
     """Raise CheckError unless two results are the same edit, computed by different hardware.
 
     Every entry may differ by one unit in the last place, and what differs may have no more of the edit in it
     than the two results' certificates allow.
     """
-    difference = stored.double() - repeated.double()
-    beyond = int((difference.abs() > _ulp(torch.maximum(stored.abs(), repeated.abs()), stored.dtype)).sum())
-    edit = repeated.double() - anchor.double()
+    one, other = stored.double(), repeated.double()
+    beyond = int(((one - other).abs() > _ulp(torch.maximum(one.abs(), other.abs()), stored.dtype)).sum())
+    difference = grid.weights(stored) - grid.weights(repeated)
+    edit = grid.weights(repeated) - anchor.double()
     along = abs(float((difference * edit).sum())) / float(edit.square().sum())
     allowed = min(2 * record["certified_error"], _ALONG_LIMIT)
     if beyond or along > allowed + _ALONG_SLACK:
@@ -247,3 +272,10 @@ def _require_equivalent(stored: Tensor, repeated: Tensor, anchor: Tensor, record
             f"{record['name']} differs from the repeated edit: {beyond} entries by more than one unit in the last "
             f"place, and {along:.1e} of the edit where its certificate allows {allowed:.1e}"
         )
+
+
+def _require_close_scales(stored: Tensor, repeated: Tensor, name: str) -> None:
+    """Raise CheckError unless two tensors of scales are the same but for the last places of the edit."""
+    slack = max(_SCALE_SLACK, torch.finfo(stored.dtype).eps)
+    if not torch.allclose(stored.double(), repeated.double(), rtol=slack, atol=0.0):
+        raise CheckError(f"{name} differs from the scales of the repeated edit by more than {slack:.0e}")

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from surgery.kernels import difference
 from surgery.kernels.orthonormalise import orthonormalise, polish
 
 # Rows of a basis taken to float64 at once.
@@ -82,6 +83,29 @@ class Stored:
                 torch.mm(tile, columns, out=part)
                 total.addmm_(part.T, tile)
         return image.mT.contiguous(), product
+
+
+class Unstored:
+    """Differences of two weights that are formed tile by tile in each product (`surgery.kernels.difference`)."""
+
+    def __init__(self, aligned: Float[Tensor, "batch m n"], base: Float[Tensor, "batch m n"]) -> None:
+        self._weights = aligned, base
+        batch, m, n = aligned.shape
+        self.shape, self.device = (batch, m, n), aligned.device
+        self.dtype = torch.float64 if torch.float64 in (aligned.dtype, base.dtype) else torch.float32
+
+    def times(self, rows: Tensor) -> Tensor:
+        """`(matrix @ rows^T)^T`."""
+        return difference.right_product(*self._weights, rows.mT).mT.contiguous()
+
+    def transposed_times(self, rows: Tensor) -> Tensor:
+        """`(matrix^T @ rows^T)^T`."""
+        return difference.left_product(*self._weights, rows.mT).mT.contiguous()
+
+    def both(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """`times(rows)` and `transposed_times` of that, for the price of reading the weights once."""
+        image, product = difference.gram_product(*self._weights, rows.mT)
+        return image.mT.contiguous(), product.mT.contiguous()
 
 
 @dataclass(frozen=True)

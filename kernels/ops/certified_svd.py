@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from surgery.kernels import residual_bounds
@@ -114,7 +114,7 @@ def certified(
     """
     if is_small(min(delta.shape[-2:]), rank):
         return exact(delta, energy, rank)
-    found, settled = _iterate(Stored(delta), energy, rank, generator, tol)
+    found, settled = iterated(Stored(delta), energy, rank, generator, tol)
     stuck = (~settled).nonzero().flatten()
     if len(stuck) == 0:
         return found
@@ -179,10 +179,17 @@ def _amplification(dtype: torch.dtype, tol: float) -> float:
     return min(_USUAL_AMPLIFICATION, tol / (10 * residual_bounds.PRODUCT_NOISE * ROUNDOFF[dtype]))
 
 
-def _iterate(
-    operator: Operator, energy: Tensor, rank: int, generator: torch.Generator, tol: float
-) -> tuple[Decomposition, Tensor]:
-    """Triplets once all are certified or the room is used up, and which of them are certified."""
+def iterated(
+    operator: Operator,
+    energy: Float[Tensor, " batch"],
+    rank: int,
+    generator: torch.Generator,
+    tol: float,
+) -> tuple[Decomposition, Bool[Tensor, " batch"]]:
+    """Triplets once all are certified or the room is used up, and which of them are certified.
+
+    Arguments as for `certified`; the matrices are known by their products, and are not `is_small`.
+    """
     state = Krylov(operator, _block(rank), generator, most=_amplification(operator.dtype, tol))
     patience, schedule = _Patience(tol), _Schedule()
     roundoff, room = ROUNDOFF[operator.dtype], _room(min(operator.shape[1:]))

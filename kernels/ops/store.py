@@ -1,275 +1,299 @@
 """One pass over a weight: add an edit, round once, and see what came of it, tile by tile.
 
 A tile is a fixed number of rows, a rule of the shape alone, so neither the bytes nor the memory (the output and a few
-tiles) depend on how the work is spread. Sums that cross rows are taken in float64.
+tiles) depend on how the work is spread. What a pass computes of a tile it computes while the tile is in cache, in
+buffers that all tiles share; sums that cross tiles are taken in float64, but for the Gram matrix's image.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from surgery.kernels import philox
-
-TILE = 1 << 17
-"""Entries of a tile: large enough to hide the cost of a call, small enough to stay in cache."""
-
-Tile = tuple[slice, slice]
-"""Which matrices, and which of their rows."""
-
-Rounder = Callable[[Tensor, torch.dtype, int], Tensor]
-"""(values, dtype, flat index of the first) -> values in `dtype`."""
-
-# Bits of the significand with the hidden one, and the exponent of the smallest subnormal.
-_GRID = {torch.bfloat16: (8, -133), torch.float16: (11, -24), torch.float32: (24, -149)}
-
-_PASSES, _WIDTH = 3, 8
-
-
-def tiles(shape: torch.Size) -> Iterator[Tile]:
-    """The tiles of an (E, m, n) weight: rows of one matrix, or several whole matrices where they are small."""
-    batch, m, n = shape
-    rows = max(1, TILE // max(1, n))
-    together = max(1, rows // max(1, m))
-    for first in range(0, batch, together):
-        for row in range(0, m, rows):
-            yield slice(first, min(first + together, batch)), slice(row, min(row + rows, m))
-
-
-def wide(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype to add in: float32 for 16-bit dtypes alone, float64 with anything wider."""
-    return torch.float64 if any(dtype.itemsize > 2 for dtype in dtypes) else torch.float32
-
-
-def nearest(values: Float[Tensor, "*shape"], dtype: torch.dtype, start: int = 0) -> Float[Tensor, "*shape"]:
-    """`values` rounded once to `dtype`, ties to even; overflow gives infinity."""
-    del start
-    if values.dtype == torch.float64 and dtype.itemsize == 2:
-        values = _to_odd(values)
-    return values.to(dtype)
-
-
-def stochastic(words: tuple[int, int]) -> Rounder:
-    """A rounding that goes up with probability equal to the fraction passed, with the bits of (`words`, flat index).
-
-    Unbiased to 2**-32 of a step, subnormals included; values on the grid of `dtype` stay, as all do for float64.
-    """
-
-    def rounder(values: Tensor, dtype: torch.dtype, start: int) -> Tensor:
-        if dtype == torch.float64:
-            return values.to(dtype)
-        significand, smallest = _GRID[dtype]
-        values = values.double()
-        exponent = ((values.view(torch.int64) >> 52) & 0x7FF) - (1022 + significand)
-        quantum = ((exponent.clamp_(min=smallest) + 1023) << 52).view(torch.float64)
-        steps = values / quantum
-        below = steps.floor()
-        drawn = philox.uniform(start, values.numel(), words).to(values.device)
-        up = drawn.view_as(values) < steps - below
-        # `where`, not a sum: -0.0 + 0.0 would lose the sign.
-        return (torch.where(up, below + 1, below) * quantum).to(dtype)
-
-    return rounder
-
-
-def _to_odd(values: Float64[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """float32 with the last bit set where inexact: rounding that again gives what one rounding would.
-
-    torch casts float64 to 16 bits by way of a *nearest* float32, which rounds twice and moves some ties.
-    Boldo, Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008.
-    """
-    near = values.float()
-    bits = near.view(torch.int32)
-    bits = torch.where(near.abs() > values.abs(), bits - 1, bits)
-    return torch.where(near != values, bits | 1, bits).view(torch.float32)
-
-
-class AbstractEdit(ABC):
-    """An intended edit E of a batch of matrices, written in a k x k core per matrix, in float64.
-
-    `core` gives E itself; `target` is what `project` sums to over all tiles if E is stored exactly.
-    Then <stored, E> = sum(core * projection) and ||E||_F^2 = sum(core * target).
-    """
-
-    core: Float64[Tensor, "batch k k"]
-    target: Float64[Tensor, "batch k k"]
-    dtype: torch.dtype
-    """The dtype sums are taken in."""
-
-    @abstractmethod
-    def scaled(self, core: Float64[Tensor, "batch k k"]) -> Float[Tensor, "batch a b"]:
-        """What `add` needs of `core`, made once for all tiles so that no tile rounds it its own way."""
-
-    @abstractmethod
-    def add(
-        self, weight: Float[Tensor, "e r n"], scaled: Float[Tensor, "batch a b"], at: Tile
-    ) -> Float[Tensor, "e r n"]:
-        """`weight` plus tile `at` of the edit whose core went into `scaled`."""
-
-    @abstractmethod
-    def project(self, stored: Float[Tensor, "e r n"], at: Tile) -> Float64[Tensor, "e k k"]:
-        """The share of tile `at` in the core of a stored edit."""
-
-    @abstractmethod
-    def spectral(self, seed: int) -> Float64[Tensor, " batch"]:
-        """The spectral norm of each matrix of the edit."""
-
-
-class LowRank(AbstractEdit):
-    """`left @ diag(values) @ right`, with orthonormal (batch, m, k) and (batch, k, n) outer factors."""
-
-    def __init__(self, left: Tensor, values: Tensor, right: Tensor, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._left, self._right = left.double(), right.to(dtype)
-        self.core = torch.diag_embed(values.double())
-        double = right.double()
-        self.target = self._left.mT @ self._left @ self.core @ (double @ double.mT)
-
-    def scaled(self, core: Tensor) -> Tensor:
-        """`left @ core`."""
-        return (self._left @ core).to(self._right.dtype)
-
-    def add(self, weight: Tensor, scaled: Tensor, at: Tile) -> Tensor:
-        """`weight + left @ core @ right`."""
-        return torch.baddbmm(weight, scaled[at], self._right[at[0]])
-
-    def project(self, stored: Tensor, at: Tile) -> Tensor:
-        """`left^T @ stored @ right^T`."""
-        return self._left[at].mT @ torch.bmm(stored, self._right[at[0]].mT).double()
-
-    def spectral(self, seed: int) -> Tensor:
-        """That of the core, since the factors are orthonormal."""
-        del seed
-        return torch.linalg.matrix_norm(self.target, 2)
-
-
-class Dense(AbstractEdit):
-    """An edit of full rank: its core is one number, the length along the edit's own direction."""
-
-    def __init__(self, edit: Tensor, dtype: torch.dtype) -> None:
-        self._edit, self.dtype = edit, dtype
-        energy = edit.new_zeros(edit.shape[0], dtype=torch.float64)
-        for at in tiles(edit.shape):
-            energy[at[0]] += edit[at].double().square().sum((-2, -1))
-        self.core = self.target = energy.sqrt()[:, None, None]
-        self._length = torch.where(energy > 0, energy.sqrt(), 1.0)[:, None, None]
-
-    def scaled(self, core: Tensor) -> Tensor:
-        """The gain: 1 for the edit as intended."""
-        return (core / self._length).to(self.dtype)
-
-    def add(self, weight: Tensor, scaled: Tensor, at: Tile) -> Tensor:
-        """`weight + gain * edit`."""
-        return torch.addcmul(weight, self._edit[at].to(self.dtype), scaled[at[0]])
-
-    def project(self, stored: Tensor, at: Tile) -> Tensor:
-        """`<stored, edit> / ||edit||`."""
-        return (stored.double() * self._edit[at]).sum((-2, -1), keepdim=True) / self._length[at[0]]
-
-    def spectral(self, seed: int) -> Tensor:
-        """By the same estimate as the noise."""
-        return norms(self._tile, self._edit.shape, self.dtype, seed, self._edit.device)[1]
-
-    def _tile(self, at: Tile) -> Tensor:
-        return self._edit[at].to(self.dtype)
+from surgery.kernels import stretch
+from surgery.kernels.backend import choose
+from surgery.kernels.edits import AbstractEdit, LowRank
+from surgery.kernels.rounders import GRID, Rounder, Stochastic, nearest, to_nearest
+from surgery.kernels.tiling import TILE as TILE
+from surgery.kernels.tiling import Tile, cut, tiles
 
 
 @dataclass(frozen=True)
-class Pass:
-    """A weight, an edit of it and where to store their sum; all (batch, m, n)."""
+class Figures:
+    """What a pass found of each matrix of a batch, with D stored minus anchor and E the intended edit.
 
-    anchor: Tensor
-    edit: AbstractEdit
-    out: Tensor
-    rounder: Rounder = nearest
+    Attributes:
+        residual: The intended core minus that of D.
+        noise: ||D - E||_F^2.
+        anchor: ||anchor||_F^2.
+        changed: Entries that are not the anchor's own, rounded to nearest.
+        image: (D - E)^T (D - E) `block`, transposed, for the estimate of the spectral norm.
+    """
+
+    residual: Float64[Tensor, "batch k k"]
+    noise: Float64[Tensor, " batch"]
+    anchor: Float64[Tensor, " batch"]
+    changed: Float64[Tensor, " batch"]
+    image: Float[Tensor, "batch width n"]
+
+    def where(self, chosen: Bool[Tensor, " batch"], other: "Figures") -> "Figures":
+        """These figures for the `chosen` matrices and `other` for the rest."""
+
+        def pick(one: Tensor, two: Tensor) -> Tensor:
+            return torch.where(chosen.view(-1, *[1] * (one.dim() - 1)), one, two)
+
+        return Figures(
+            pick(self.residual, other.residual),
+            pick(self.noise, other.noise),
+            pick(self.anchor, other.anchor),
+            pick(self.changed, other.changed),
+            pick(self.image, other.image),
+        )
+
+
+class _Buffers:
+    """Room for one tile: the weight, the noise, and what is stored in the output's dtype."""
+
+    def __init__(self, room: Tensor, stored: Tensor, shape: torch.Size) -> None:
+        self.weight, self.noise = room[:, : shape.numel()].view(2, *shape)
+        self.stored = stored[: shape.numel()].view(shape)
+
+
+class Pass:
+    """A weight, an edit of it and where to store their sum; all (batch, m, n).
+
+    Args:
+        anchor: The weight.
+        edit: What is added.
+        out: Where the sum is stored.
+        rounder: How to round.
+    """
+
+    def __init__(
+        self,
+        anchor: Float[Tensor, "batch m n"],
+        edit: AbstractEdit,
+        out: Float[Tensor, "batch m n"],
+        rounder: Rounder = to_nearest,
+    ) -> None:
+        self.anchor, self.edit, self.out = anchor, edit, out
+        self.rounder, self._shape, self._tiles = rounder, anchor.shape, list(tiles(anchor.shape))
+        self._anchors, self._outs = cut(anchor, self._shape), cut(out, self._shape)
+        self._intended = cut(edit.scaled(edit.core), self._shape)
+        self._twin = _Twin.of(self, edit) if isinstance(edit, LowRank) else None
+        largest = self._anchors[0].numel()
+        self._room = torch.empty(2, largest, dtype=edit.dtype, device=out.device)
+        self._stored = torch.empty(largest, dtype=out.dtype, device=out.device)
+        self._shaped: dict[torch.Size, _Buffers] = {}
 
     def write(
-        self, core: Float64[Tensor, "batch k k"], active: Bool[Tensor, " batch"]
-    ) -> Float64[Tensor, "batch k k"]:
-        """The core of what is stored after rounding anchor + edit(`core`) into `out`; zero where not `active`.
+        self,
+        core: Float64[Tensor, "batch k k"],
+        active: Bool[Tensor, " batch"],
+        block: Float64[Tensor, "batch n width"],
+    ) -> Figures:
+        """Round anchor + edit(`core`) into `out`; figures of what is stored, of no meaning where not `active`.
 
-        A tile without an active matrix is left as it is.
+        A tile without an active matrix is left as it is. `block` is for the figures' `image`.
         """
-        scaled, found = self.edit.scaled(core), torch.zeros_like(core)
-        _, m, n = self.anchor.shape
-        for at in tiles(self.anchor.shape):
-            if not active[at[0]].any():
-                continue
-            weight = self.anchor[at].to(self.edit.dtype)
-            target, first = self.edit.add(weight, scaled, at), (at[0].start * m + at[1].start) * n
-            self.out[at] = self.rounder(target, self.out.dtype, first)
-            found[at[0]] += self.edit.project(self.out[at].to(self.edit.dtype) - weight, at)
-        return found
+        if self._twin:
+            return self._twin.write(core, active, block)
+        (batch, m, n), width, probe = self._shape, block.shape[-1], self.edit.probe(block)
+        scaled, image = cut(self.edit.scaled(core), self._shape), probe.new_zeros(batch, width, n)
+        products = probe.new_zeros(batch, m, self.edit.columns + width)
+        rows, columns = cut(products, self._shape), cut(products[..., -width:].mT, self._shape, dim=2)
+        found = []
+        for number, at in self._active(active):
+            buffers, stored = self._buffers(number), self._outs[number]
+            energy = _energy(self._load(number, buffers), buffers.noise)
+            change = self._round(number, stored, scaled[number], buffers)
+            changed = self._changed(stored, buffers)
+            noise = self._noise(number, change)
+            found.append((at[0], _square(noise), energy, changed))
+            self.edit.multiply(noise, buffers.weight, at, _of(probe, at), rows[number])
+            _of(image, at).baddbmm_(columns[number], noise)
+        noise_energy, energy, changed = _totals(found, products)
+        return Figures(-self.edit.kept(products), noise_energy, energy, changed, image)
 
-    def noise(self) -> Callable[[Tile], Tensor]:
-        """Tiles of what was stored minus what was meant."""
-        scaled = self.edit.scaled(self.edit.core).neg_()
+    def look(
+        self,
+        core: Float64[Tensor, "batch k k"],
+        active: Bool[Tensor, " batch"],
+        some: Sequence[int] | None = None,
+    ) -> Float64[Tensor, "batch k k"]:
+        """The core of what `write` would store, or of some tiles of it (their numbers), stored nowhere.
 
-        def tile(at: Tile) -> Tensor:
-            stored = self.out[at].to(self.edit.dtype) - self.anchor[at].to(self.edit.dtype)
-            return self.edit.add(stored, scaled, at)
+        At half the cost of `write`.
+        """
+        if self._twin and some is None:
+            return self._twin.look(core, active)
+        scaled, probe = cut(self.edit.scaled(core), self._shape), self.edit.probe(self._nothing())
+        products = probe.new_zeros(*self._shape[:2], self.edit.columns)
+        rows = cut(products, self._shape)
+        for number, at in self._active(active, some):
+            buffers = self._buffers(number)
+            self._load(number, buffers)
+            change = self._round(number, buffers.stored, scaled[number], buffers)
+            self.edit.multiply(change, buffers.weight, at, _of(probe, at), rows[number])
+        return self.edit.kept(products)
 
-        return tile
+    def start(self, core: Float64[Tensor, "batch k k"], seed: int) -> Float64[Tensor, "batch n width"]:
+        """The block for `write` (`stretch.start`), from the noise that it would store in a few rows."""
+        scaled = cut(self.edit.scaled(core), self._shape)
 
-    def changed(self) -> int:
-        """How many entries of `out` are not the anchor's own, rounded to nearest."""
-        different = 0
-        for at in tiles(self.anchor.shape):
-            own = nearest(self.anchor[at], self.out.dtype)
-            # Unequal floats never differ by zero; and this is four times as fast as comparing bfloat16.
-            different += int(torch.count_nonzero((self.out[at] - own).bool()))
-        return different
+        def noise(number: int, buffers: _Buffers) -> Tensor:
+            self._load(number, buffers)
+            return self._noise(number, self._round(number, buffers.stored, scaled[number], buffers))
+
+        return stretch.start(partial(self._gram, noise), self._shape, seed, self.out.device)
+
+    def largest(self, block: Float64[Tensor, "batch n width"], figures: Figures) -> Float64[Tensor, " batch"]:
+        """The spectral norm of the noise of what was stored, from its figures and the block they were made with."""
+
+        def noise(number: int, buffers: _Buffers) -> Tensor:
+            self._load(number, buffers)
+            return self._noise(number, self._change(self._outs[number], buffers))
+
+        image = figures.image.mT.double()
+        return stretch.largest(partial(self._gram, noise), self._shape, block, image)
+
+    def _gram(self, noise: Callable[[int, _Buffers], Tensor], block: Tensor, some: Sequence[int]) -> Tensor:
+        """`N^T N block` over some tiles (their numbers) of the noise N."""
+        columns = block.to(self.edit.dtype).contiguous()
+        image = torch.zeros_like(columns.mT, memory_format=torch.contiguous_format)
+        for number in some:
+            values, at = noise(number, self._buffers(number)), self._tiles[number]
+            _of(image, at).baddbmm_(torch.bmm(values, _of(columns, at)).mT, values)
+        return image.mT.double()
+
+    def _nothing(self) -> Tensor:
+        """A block without columns."""
+        return self.edit.core.new_empty(self._shape[0], self._shape[2], 0)
+
+    def cast(self) -> float:
+        """||anchor||_F^2; `out` becomes the anchor itself, rounded to nearest."""
+        found = []
+        for number, at in enumerate(self._tiles):
+            buffers = self._buffers(number)
+            weight = self._load(number, buffers)
+            self._outs[number].copy_(to_nearest(weight, self.out.dtype))
+            found.append((at[0], _energy(weight, buffers.noise)))
+        return float(_totals(found, self.anchor)[0].sum())
+
+    def _active(self, active: Tensor, some: Sequence[int] | None = None) -> Iterator[tuple[int, Tile]]:
+        wanted = active.tolist()
+        every = ((number, self._tiles[number]) for number in some or range(len(self._tiles)))
+        return ((number, at) for number, at in every if any(wanted[at[0]]))
+
+    def _buffers(self, number: int) -> _Buffers:
+        shape = self._anchors[number].shape
+        if shape not in self._shaped:
+            self._shaped[shape] = _Buffers(self._room, self._stored, shape)
+        return self._shaped[shape]
+
+    def _load(self, number: int, buffers: _Buffers) -> Tensor:
+        """The anchor in its buffer."""
+        return buffers.weight.copy_(self._anchors[number])
+
+    def _round(self, number: int, stored: Tensor, scaled: Tensor, buffers: _Buffers) -> Tensor:
+        """The rounded sum of the anchor loaded and an edit into `stored`; stored minus anchor."""
+        (_, m, n), at = self._shape, self._tiles[number]
+        self.edit.add(buffers.weight, scaled, at, buffers.noise)
+        start = (at[0].start * m + at[1].start) * n
+        stored.copy_(self.rounder(buffers.noise, stored.dtype, start))
+        return self._change(stored, buffers)
+
+    def _change(self, stored: Tensor, buffers: _Buffers) -> Tensor:
+        """Stored minus anchor, in the buffer of the noise."""
+        return buffers.noise.copy_(stored).sub_(buffers.weight)
+
+    def _changed(self, stored: Tensor, buffers: _Buffers) -> Tensor:
+        """How many entries of each matrix are not the anchor's own, rounded to nearest; spoils its buffer."""
+        if stored.dtype == self.anchor.dtype:
+            # As numbers: a comparison of bfloat16 takes ten times as long, a sum of truth values three times.
+            different = torch.ne(buffers.noise, 0, out=buffers.weight)
+        else:
+            different = torch.ne(stored, nearest(buffers.weight, stored.dtype))
+        return different.sum((-2, -1), keepdim=True)
+
+    def _noise(self, number: int, change: Tensor) -> Tensor:
+        """The change minus the intended edit, in place."""
+        # From the sum before rounding it would be cheaper by a product, and wrong for edits below float32's own step.
+        self.edit.subtract(change, self._intended[number], self._tiles[number])
+        return change
 
 
-def norms(
-    tile: Callable[[Tile], Tensor], shape: torch.Size, dtype: torch.dtype, seed: int, device: torch.device
-) -> tuple[Float64[Tensor, " batch"], Float64[Tensor, " batch"]]:
-    """Squared Frobenius norm and spectral norm of each (m, n) matrix of a batch that is given tile by tile.
+class _Twin:
+    """The passes of an edit of low rank in Triton, which adds in float32; whole matrices, not tiles."""
 
-    The spectral norm is the largest stretch found in a Krylov space of the Gram matrix (3 passes, a seeded block of
-    8): never too large, 4 to 8 % too small on noise without structure, exact where n <= 24.
-    """
-    batch, _, n = shape
-    exact = n <= _PASSES * _WIDTH
-    block = torch.eye(n, dtype=torch.float64).expand(batch, n, n) if exact else _start(batch, n, seed)
-    block = block.to(device)
-    basis = images = block[..., :0]
-    for _ in range(1 if exact else _PASSES):
-        image, energy = _gram(tile, shape, block.to(dtype))
-        basis, images = torch.cat((basis, block), -1), torch.cat((images, image), -1)
-        block = _orthogonal(image, basis)
-    stretch: Tensor = torch.linalg.matrix_norm(images, 2)
-    return energy, stretch.sqrt()
+    def __init__(self, job: Pass, edit: LowRank) -> None:
+        rounder = job.rounder
+        self._job, self._edit = job, edit
+        self._words = rounder.words if isinstance(rounder, Stochastic) else None
+        self._intended = edit.scaled(edit.core)
+
+    @classmethod
+    def of(cls, job: Pass, edit: LowRank) -> "_Twin | None":
+        """None where torch is to compute (`backend.choose`)."""
+        return cls(job, edit) if choose(job.anchor, job.out, edit.right) == "triton" else None
+
+    def write(self, core: Tensor, active: Tensor, block: Tensor) -> Figures:
+        """`Pass.write`."""
+        from surgery.kernels import rank_update_triton
+
+        width, job = block.shape[-1], self._job
+        sums = self._update(core, active, self._edit.probe(block), self._intended)
+        factor = sums.products[..., -width:]
+        image = rank_update_triton.image(job.anchor, job.out, self._intended, self._edit.right, factor)
+        noise, anchor, changed = (one.sum(-1) for one in (sums.noise, sums.anchor, sums.changed.double()))
+        return Figures(-self._edit.kept(sums.products), noise, anchor, changed, image)
+
+    def look(self, core: Tensor, active: Tensor) -> Tensor:
+        """`Pass.look` over all rows."""
+        return self._edit.kept(self._update(core, active, self._edit.right.mT, None).products)
+
+    def _update(self, core: Tensor, active: Tensor, probe: Tensor, intended: Tensor | None) -> Any:
+        from surgery.kernels import rank_update_triton
+
+        return rank_update_triton.update(
+            self._job.anchor,
+            self._edit.scaled(core),
+            self._edit.right,
+            probe,
+            active,
+            self._job.out,
+            intended=intended,
+            grid=GRID[self._job.out.dtype],
+            words=self._words,
+        )
 
 
-def _start(batch: int, n: int, seed: int) -> Float64[Tensor, "batch n width"]:
-    """Orthonormal random columns, the same for every matrix of the batch."""
-    generator = torch.Generator().manual_seed(seed)
-    columns = torch.randn(n, _WIDTH, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(columns).Q.expand(batch, n, _WIDTH)
+def _of(stack: Tensor, at: Tile) -> Tensor:
+    """The matrices of a tile; without an index, which takes as long as a product of small ones, if that is all."""
+    return stack if at[0].stop - at[0].start == len(stack) else stack[at[0]]
 
 
-def _gram(
-    tile: Callable[[Tile], Tensor], shape: torch.Size, block: Float[Tensor, "batch n width"]
-) -> tuple[Float64[Tensor, "batch n width"], Float64[Tensor, " batch"]]:
-    """`A^T A block` and `||A||_F^2`, in one pass over A."""
-    image = torch.zeros_like(block.mT, memory_format=torch.contiguous_format)
-    energy = image.new_zeros(shape[0], dtype=torch.float64)
-    for at in tiles(shape):
-        values = tile(at)
-        image[at[0]] += torch.bmm(torch.bmm(values, block[at[0]]).mT, values)
-        energy[at[0]] += torch.linalg.vector_norm(values, dim=-1).double().square().sum(-1)
-    return image.mT.double(), energy
+def _energy(values: Float[Tensor, "e r n"], room: Float[Tensor, "e r n"]) -> Float[Tensor, "e 1 1"]:
+    """The squared Frobenius norm of each matrix of a tile, to 1e-7; spoils `room`."""
+    return torch.mul(values, values, out=room).sum((-2, -1), keepdim=True)
 
 
-def _orthogonal(
-    image: Float64[Tensor, "batch n width"], basis: Float64[Tensor, "batch n total"]
-) -> Float64[Tensor, "batch n width"]:
-    """Orthonormal columns, orthogonal to `basis`, that continue `image`."""
-    # Twice: where `image` adds nothing new, the first round leaves rounding errors that still lean on `basis`.
-    for _ in range(2):
-        image = torch.linalg.qr(image - basis @ (basis.mT @ image)).Q
-    return image
+def _square(values: Float[Tensor, "e r n"]) -> Float[Tensor, "e 1 1"]:
+    """The same to 1e-5, in float32, and in less than half the time."""
+    row = values.view(len(values), 1, -1)
+    return torch.bmm(row, row.mT)
+
+
+def _totals(found: list[tuple[Any, ...]], stack: Tensor) -> tuple[Float64[Tensor, " batch"], ...]:
+    """From (matrices, (e, 1, 1) figures ...) of each tile the sums over each matrix of a stack."""
+    totals = [stack.new_zeros(len(stack), dtype=torch.float64) for _ in found[0][1:]]
+    for matrices, tiles_of_them in groupby(found, key=itemgetter(0)):
+        for total, figures in zip(totals, zip(*(one[1:] for one in tiles_of_them), strict=True), strict=True):
+            total[matrices] = torch.cat(figures, -1).double().sum((-2, -1))
+    return tuple(totals)

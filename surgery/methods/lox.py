@@ -35,6 +35,7 @@ from surgery import spectral
 from surgery.checkpoint.header import TensorInfo
 from surgery.choices import require_choices
 from surgery.errors import InputError, UsageError
+from surgery.kernels import backend
 from surgery.kernels.store import TILE
 from surgery.methods.base import Choice, WeightEdit, WeightUpdate
 from surgery.selection import kind_of, layer_of
@@ -150,6 +151,8 @@ class LoX(WeightEdit):
         """
         if self.rank == "full":
             return self._full_update(aligned, base)
+        if (found := self._without_delta(aligned, base, name, seed)) is not None:
+            return _from_spectrum(found, self.alpha)
         delta = _difference(aligned, base)
         if self.rank == "auto":
             spectrum = spectral.automatic_rank(
@@ -161,6 +164,15 @@ class LoX(WeightEdit):
                 delta, rank, seed=seed, name=name, tol=self.tol, method=self.svd
             )
         return _from_spectrum(spectrum, self.alpha)
+
+    def _without_delta(self, aligned: Tensor, base: Tensor, name: str, seed: int) -> spectral.Spectrum | None:
+        """The decomposition of a difference that is too large to hold, or that a kernel forms as it goes."""
+        if not isinstance(self.rank, int) or self.svd == "exact":
+            return None
+        if spectral.is_stored(tuple(aligned.shape)) and backend.choose(aligned, base) == "torch":
+            return None
+        rank = self.planned_rank(*aligned.shape[-2:])
+        return spectral.truncated_svd_of_difference(aligned, base, rank, seed=seed, name=name, tol=self.tol)
 
     def _full_update(self, aligned: Tensor, base: Tensor) -> WeightUpdate:
         # float64: base + (aligned - base) is then the aligned weight itself, whatever their magnitudes.

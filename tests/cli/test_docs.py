@@ -1,7 +1,10 @@
 """Every command in the README and the docs runs as it is written, page by page, in one folder."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -20,7 +23,7 @@ def commands(page):
     """Lines of a page's indented blocks that are commands, comments cut off."""
     lines = (line[4:] for line in page.read_text().splitlines() if line.startswith("    "))
     shell = (line.partition("  #")[0].strip() for line in lines)
-    return [line for line in shell if re.match(r"(surgery|make|pip|python|git|cd) ", line)]
+    return [line for line in shell if re.match(r"(surgery|accelerate|make|pip|python|git|cd) ", line)]
 
 
 def snippets(page):
@@ -31,6 +34,13 @@ def snippets(page):
     ]
 
 
+def launched(command):
+    """Run a launcher's command, one thread a process, on the loopback interface alone."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -39,6 +49,9 @@ def test_every_command_runs(page, tmp_path, monkeypatch, capsys):
         if command.startswith(ELSEWHERE):
             continue
         program, *words = shlex.split(command)
+        if program == "accelerate":
+            launched([sys.executable, "-m", "accelerate.commands.launch", *words[1:]])
+            continue
         assert program == "surgery", command
         with pytest.raises(SystemExit) as ended:
             main(words)

@@ -4,7 +4,7 @@ import pytest
 
 from surgery.checkpoint.header import TensorInfo
 from surgery.checkpoint.layout import Checkpoint
-from surgery.checkpoint.quantised import refuse_quantised
+from surgery.checkpoint.quantised import Scaling, refuse_quantised, scalings
 from surgery.errors import InputError
 
 PLAIN = {
@@ -148,3 +148,73 @@ def test_the_config_names_the_format_and_the_tensor_comes_with_it():
 )
 def test_a_config_without_quantisation_passes(config):
     refuse_quantised(checkpoint(config))
+
+
+E = "model.layers.0.mlp.experts.gate_up_proj"
+FP8 = {
+    f"{Q}.weight": ("F8_E4M3", (200, 300)),
+    f"{Q}.weight_scale_inv": ("F32", (2, 3)),
+    E: ("F8_E4M3", (4, 256, 130)),
+    f"{E}_scale_inv": ("BF16", (4, 2, 2)),
+}
+
+
+def settings(block=(128, 128), **more):
+    return {
+        "quantization_config": {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "weight_block_size": list(block),
+            **more,
+        }
+    }
+
+
+@pytest.mark.parametrize("config", [settings(), {"text_config": settings()}], ids=["top", "nested"])
+def test_block_scaled_fp8_is_described_and_passes(config):
+    found = opened({**PLAIN, **FP8}, config)
+    refuse_quantised(found)
+    block = (128, 128)
+    assert scalings(found) == {
+        f"{Q}.weight": Scaling(f"{Q}.weight_scale_inv", block),
+        E: Scaling(f"{E}_scale_inv", block),
+    }
+
+
+def test_the_block_size_and_the_kind_of_scale_come_from_the_config():
+    tensors = {**FP8, f"{Q}.weight_scale_inv": ("F32", (4, 2)), f"{E}_scale_inv": ("F32", (4, 4, 1))}
+    found = scalings(opened(tensors, settings((64, 256), scale_fmt="ue8m0")))
+    assert found[f"{Q}.weight"] == Scaling(f"{Q}.weight_scale_inv", (64, 256), True)
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "named"),
+    [
+        ({}, {}, "block-scaled fp8"),
+        ({}, settings(weight_block_size=None), "weight_scale_inv"),
+        ({}, settings((0, 128)), "weight_scale_inv"),
+        ({}, settings(fmt="e5m2"), "weight_scale_inv"),
+        ({f"{Q}.weight_scale_inv": None}, settings(), f"{Q}.weight, F8_E4M3"),
+        (
+            {f"{Q}.weight_scale_inv": None, f"{Q}.weight_scale": ("F32", ())},
+            settings(),
+            f"{Q}.weight, F8_E4M3",
+        ),
+        ({f"{Q}.weight_scale_inv": ("F8_E8M0", (2, 3))}, settings(), f"{Q}.weight_scale_inv"),
+        ({f"{Q}.weight": ("F8_E5M2", (200, 300))}, settings(), f"{Q}.weight"),
+        ({"x.qweight": ("I32", (3, 3))}, settings(), "x.qweight"),
+        ({name: None for name in FP8}, settings(), "config.json"),
+    ],
+)
+def test_fp8_that_is_not_all_block_scaled_is_refused(change, config, named):
+    tensors = {name: value for name, value in {**PLAIN, **FP8, **change}.items() if value is not None}
+    with pytest.raises(InputError, match="fp8") as caught:
+        refuse_quantised(opened(tensors, config))
+    assert named in str(caught.value)
+    assert "FineGrainedFP8Config" in str(caught.value)
+
+
+def test_scales_of_another_shape_are_refused_by_name():
+    tensors = {**FP8, f"{Q}.weight_scale_inv": ("F32", (3, 2))}
+    with pytest.raises(InputError, match=rf"{Q}\.weight_scale_inv.*\[3, 2\].*weight_block_size"):
+        refuse_quantised(opened(tensors, settings()))

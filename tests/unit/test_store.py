@@ -1,10 +1,9 @@
-"""Tiles and the two ways of rounding one."""
+"""Tiles, and the two ways of rounding one."""
 
 import pytest
 import torch
 
-from surgery.kernels import philox
-from surgery.kernels import store as kernel
+from surgery.kernels import philox, rounders, tiling
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SHAPES = [(64, 48), (1, 131), (97, 1), (33, 65), (3, 17, 29)]
@@ -24,7 +23,7 @@ def test_stochastic_rounding_is_unbiased_over_seeds(dtype):
         return (found - target) / (step * (fraction * (1 - fraction)).sqrt() / seeds**0.5)
 
     draws = torch.stack(
-        [kernel.stochastic(philox.key(seed, "w"))(target, dtype, 0).double() for seed in range(seeds)]
+        [rounders.Stochastic(philox.key(seed, "w"))(target, dtype, 0).double() for seed in range(seeds)]
     )
     low, high = draws.amin(0), draws.amax(0)
     fraction = (target - low) / (high - low)
@@ -34,7 +33,7 @@ def test_stochastic_rounding_is_unbiased_over_seeds(dtype):
     deviations = z(draws.mean(0), high - low, fraction)[usable]
     assert deviations.abs().max() < 5
     assert deviations.mean().abs() < 5 / usable.sum() ** 0.5
-    nearest = z(kernel.nearest(target, dtype).double(), high - low, fraction)[usable]
+    nearest = z(rounders.nearest(target, dtype).double(), high - low, fraction)[usable]
     assert nearest.abs().max() > 5  # control: the same bound condemns rounding to nearest
 
 
@@ -42,7 +41,7 @@ def test_stochastic_rounding_is_unbiased_over_seeds(dtype):
 def test_stochastic_rounding_is_unbiased_among_subnormals(dtype):
     smallest = {BF16: 2.0**-133, FP16: 2.0**-24, FP32: 2.0**-149}[dtype]
     values = torch.tensor([0.25, -0.25, 1.5, 3.25, -0.75, 0.0, 2.0], dtype=FP64).repeat(20_000, 1) * smallest
-    found = kernel.stochastic(philox.key(0, "w"))(values, dtype, 0).double() / smallest
+    found = rounders.Stochastic(philox.key(0, "w"))(values, dtype, 0).double() / smallest
     exact = values / smallest
     assert ((found - exact).abs() < 1).all()
     assert torch.equal(found[:, 5:], exact[:, 5:])
@@ -55,7 +54,7 @@ def test_stochastic_rounding_is_unbiased_among_subnormals(dtype):
 def test_values_on_the_grid_are_never_moved(dtype):
     values = _numbers(50, 20).to(dtype).double()
     values[0, :3] = torch.tensor([0.0, -0.0, torch.finfo(dtype).max])
-    for rounder in (kernel.nearest, kernel.stochastic(philox.key(0, "w"))):
+    for rounder in (rounders.nearest, rounders.Stochastic(philox.key(0, "w"))):
         found = rounder(values, dtype, 0).double()
         assert torch.equal(found.view(torch.int64), values.view(torch.int64))
         if dtype != FP64:
@@ -65,9 +64,9 @@ def test_values_on_the_grid_are_never_moved(dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("size", [1, 70, 500, 1 << 20])
 def test_tiles_cover_every_entry_once_and_are_contiguous(shape, size, monkeypatch):
-    monkeypatch.setattr(kernel, "TILE", size)
+    monkeypatch.setattr(tiling, "TILE", size)
     seen = torch.zeros(shape if len(shape) == 3 else (1, *shape), dtype=torch.int64)
-    for at in kernel.tiles(seen.shape):
+    for at in tiling.tiles(seen.shape):
         assert seen[at].is_contiguous()
         assert seen[at].numel() <= max(size, seen.shape[-1])
         seen[at] += 1
@@ -79,8 +78,8 @@ def test_rounding_to_nearest_from_float64_finds_the_nearer_neighbour(dtype):
     generator = torch.Generator().manual_seed(0)
     scale = torch.logspace(-9, 4, 4000, dtype=FP64)
     values = torch.randn(4000, generator=generator, dtype=FP64) * scale
-    found = kernel.nearest(values, dtype).double()
-    bits = kernel.nearest(values, dtype).view(torch.int16)
+    found = rounders.nearest(values, dtype).double()
+    bits = rounders.nearest(values, dtype).view(torch.int16)
     for other in (bits + 1, bits - 1):
         neighbour = other.view(dtype).double()
         assert ((found - values).abs() <= (neighbour - values).abs())[neighbour.isfinite()].all()
