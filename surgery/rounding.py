@@ -47,7 +47,7 @@ TOLERANCE = 1e-3
 LIMIT = 50
 """Iterations of compensation at most; the best core is kept. Edits of 1e-4 of the weight take about fifteen."""
 
-PATIENCE = 4
+PATIENCE = 8
 """Setbacks after which a matrix is left at its best; each halves its steps. Small ones answer in jumps."""
 
 

@@ -375,7 +375,10 @@ def test_bad_input_is_refused_in_one_line_and_leaves_no_trace(name, pair, capfd)
 
 def test_the_same_command_on_the_good_pair_succeeds(pair, capfd):
     before = snapshot(pair.root)
-    assert run(capfd, pair.command("-q")) == (0, "", "")
+    # In matrices as small as these the grid can be too coarse for 99 % of an edit, which would be warned of.
+    code, out, err = run(capfd, pair.command("-q"))
+    assert (code, out) == (0, "")
+    assert not err or err.startswith("warning: a tensor keeps 9")
     after = snapshot(pair.root)
     assert {name: after[name] for name in before} == before
     assert {Path(name).parts[0] for name in after.keys() - before.keys()} == {"out"}

@@ -49,7 +49,7 @@ def test_small_matrices_and_tolerances_out_of_reach_are_left_to_the_stored_one()
 def test_damaged_weights_are_an_error_that_names_the_tensor():
     aligned, base = pair((300, 257))
     aligned[7, 9] = float("nan")
-    with pytest.raises(InputError, match="layers.3"):
+    with pytest.raises(InputError, match=r"layers\.3"):
         truncated_svd_of_difference(aligned, base, 4, seed=0, name="layers.3")
 
 
