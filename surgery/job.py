@@ -19,6 +19,7 @@ from surgery.errors import InputError, UsageError
 from surgery.hub import Source, resolve
 from surgery.hub.remote import open_source
 from surgery.inputs import checkpoint_fingerprint
+from surgery.kernels import backend
 from surgery.methods.base import WeightEdit
 from surgery.options import Options
 from surgery.order import check_order
@@ -46,6 +47,7 @@ class Job:
             "options": provenance.option_values(self.method, self.options),
             "threads": torch.get_num_threads(),
             "device": compute_device(self.options).type,
+            "backends": backend.recorded(compute_device(self.options)),
             "base": checkpoint_fingerprint(self.base, self.sources["base"]),
             "aligned": checkpoint_fingerprint(self.aligned, self.sources["aligned"], carried),
         }

@@ -18,8 +18,9 @@ import torch
 
 from surgery import __version__
 from surgery.checkpoint.staging import MANIFEST
-from surgery.editing import Record
+from surgery.editing import Record, compute_device
 from surgery.hub import Source
+from surgery.kernels import backend
 from surgery.methods.base import WeightEdit
 from surgery.options import Options
 from surgery.plan import Plan
@@ -124,7 +125,7 @@ def manifest(
         "notes": list(plan.notes),
         "versions": versions(),
         "threads": torch.get_num_threads(),
-        "backends": {"svd": "torch", "rounding": "torch"},
+        "backends": backend.recorded(compute_device(options)),
         "totals": totals(records),
         "unchanged": [record["name"] for record in records if record["action"] == "unchanged"],
         "files": dict(sorted(files.items())),
