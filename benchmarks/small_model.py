@@ -24,32 +24,21 @@ def edit_all(job: Job) -> None:
 
 def rows(folder: Path, repeats: int) -> list[Row]:
     """Ratios of the edit stage and of the whole command."""
-    found = []
-    for kind in ("spiked", "bulk"):
-        pair = write_pair(folder / f"135M-{kind}-0.01", "135M", kind, 1e-2)
-        job = prepare(LoX(rank=6, alpha=1.5), base=pair[0], model=pair[1], output=folder / "out")
-        edit_all(job)
-        taken = alternated(
-            {
-                "ours": lambda job=job: _single_threaded(job),
-                "reference": lambda pair=pair: Measured(timed_edit_stage(*pair)),
-            },
-            repeats,
-        )
-        found.append(_row(f"135M, {kind}: reference / ours, edit stage", taken, 25))
-        taken = alternated(
-            {
-                "ours": lambda pair=pair: fresh(lox(pair, folder / "out"), pair, folder / "out"),
-                "reference": lambda pair=pair: fresh(
-                    [sys.executable, "-m", "benchmarks.reference", *pair, folder / "out"],
-                    pair,
-                    folder / "out",
-                ),
-            },
-            repeats,
-        )
-        found.append(_row(f"135M, {kind}: reference / ours, whole command", taken, 4))
-    return found
+    pair, out = write_pair(folder / "135M-spiked-0.01", "135M", "spiked", 1e-2), folder / "out"
+    job = prepare(LoX(rank=6, alpha=1.5), base=pair[0], model=pair[1], output=out)
+    edit_all(job)
+    stage = {
+        "ours": lambda: _single_threaded(job),
+        "reference": lambda: Measured(timed_edit_stage(*pair)),
+    }
+    whole = {
+        "ours": lambda: fresh(lox(pair, out), pair, out),
+        "reference": lambda: fresh([sys.executable, "-m", "benchmarks.reference", *pair, out], pair, out),
+    }
+    return [
+        _row("135M, spiked: reference / ours, edit stage", alternated(stage, repeats), 25),
+        _row("135M, spiked: reference / ours, whole command", alternated(whole, repeats), 4),
+    ]
 
 
 def _single_threaded(job: Job) -> Measured:
