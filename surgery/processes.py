@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
-from surgery.errors import Interrupted, ResourceError, SurgeryError
+from surgery.errors import Interrupted, ResourceError, SurgeryError, UsageError
 
 _T = TypeVar("_T")
 
@@ -82,15 +82,25 @@ class Team:
 
 @functools.cache
 def team() -> Team:
-    """The processes of this run; joined at the first call."""
-    size = int(os.environ.get(_SIZE, "1"))
-    if size <= 1:
+    """The processes of this run; joined at the first call.
+
+    Raises:
+        UsageError: The environment is not that of a launcher, or the others cannot be reached.
+    """
+    if os.environ.get(_SIZE, "1") == "1":
         return Team()
     import torch.distributed as dist
 
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=_PATIENCE)
-    return Team(dist.get_rank(), dist.get_world_size(), int(os.environ.get(_LOCAL_RANK, "0")))
+    try:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=_PATIENCE)
+        return Team(dist.get_rank(), dist.get_world_size(), int(os.environ.get(_LOCAL_RANK, "0")))
+    except (ValueError, RuntimeError) as error:
+        what = str(error).splitlines()[0]
+        raise UsageError(
+            f"{_SIZE} is {os.environ[_SIZE]!r}, but the processes could not be joined ({what}); "
+            f"start them by `accelerate launch`, or unset {_SIZE} to run alone"
+        ) from error
 
 
 def speaks() -> bool:

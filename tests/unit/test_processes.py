@@ -1,5 +1,7 @@
 import pytest
 
+from surgery import processes
+from surgery.errors import UsageError
 from surgery.processes import Team, shares
 
 
@@ -29,3 +31,14 @@ def test_one_process_agrees_with_itself():
     assert alone.agree(lambda: "done") == "done"
     with pytest.raises(OSError, match="disk"):
         alone.agree(lambda: (_ for _ in ()).throw(OSError("disk")))
+
+
+@pytest.mark.parametrize("size", ["two", "2", ""])
+def test_an_environment_that_no_launcher_made_is_refused_by_name(monkeypatch, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    processes.team.cache_clear()
+    with pytest.raises(UsageError, match=r"WORLD_SIZE is .*accelerate launch"):
+        processes.team()
+    processes.team.cache_clear()
