@@ -38,11 +38,18 @@ ENOUGH = 0.99
 HOPELESS = 0.97
 """Retention of a sample below which rounding all to nearest is not tried: the sample errs by a thousandth or so."""
 
+UNEVEN = 2.0
+"""How many times more or less of a direction of the edit a sample may hold than of the rows."""
+
 SAMPLE = 1 << 18
 """Entries of a matrix at least in a sample; it also has a sixteenth of them."""
 
 TOLERANCE = 1e-3
-"""Compensation stops where ||S - U^T D V||_F is this small beside ||E||_F, in every matrix of a batch."""
+"""Compensation stops where the retention of every matrix of a batch is this near to 1, and its core as near as ..."""
+
+CORE_TOLERANCE = 1e-2
+"""... ||S - U^T D V||_F is at most this beside ||E||_F: a small part of the noise of rounding, which is a fifth of E
+and more where an edit needs compensation. Nearer than this it moves by jumps, and steps towards it are hit or miss."""
 
 LIMIT = 50
 """Iterations of compensation at most; the best core is kept. Edits of 1e-4 of the weight take about fifteen."""
@@ -195,26 +202,21 @@ def _fill(job: Pass, energy: Float64[Tensor, " batch"], mode: Mode, seed: int) -
 def _compensate(
     job: Pass, energy: Float64[Tensor, " batch"], glimpse: "_Glimpse | None", seed: int
 ) -> _Result:
-    """Find the core on a sample if there is one, then on all entries by looks, then round and make sure."""
-    core, length, before = job.edit.core, torch.ones_like(job.edit.core), torch.zeros_like(energy)
+    """Round with a core found on a sample, if there is one; unless that will do, find it on all entries by looks."""
+    every = torch.ones_like(energy, dtype=torch.bool)
+    search, figures = _Search(job.edit.core, torch.ones_like(job.edit.core), job.edit.target), None
     if glimpse:
-        trial = _Search(core, length, energy)
-        trial.run(glimpse.residual, 3 * TOLERANCE)
-        core, length, before = trial.best_core, trial.length, trial.iterations
-    search = _Search(core, length, energy)
-    search.run(lambda core, active: job.edit.target - job.look(core, active), 3 * TOLERANCE)
-    block = job.start(search.best_core, seed)
-    stored: list[Figures] = []
-
-    def write(core: Tensor, active: Tensor) -> Tensor:
-        figures = job.write(core, active, block)
-        stored[:] = [figures.where(active, stored[0]) if stored else figures]
-        return figures.residual
-
-    search.run(write, TOLERANCE)
-    if search.stale.any():
-        write(search.best_core, search.stale)
-    return _Result("compensated", int((before + search.iterations).max()), stored[0], block)
+        search.run(glimpse.residual)
+        search = search.anew()
+        block = job.start(search.core, seed)
+        figures = job.write(search.core, every, block)
+        search.take(figures.residual, every)
+    tried = search.iterations
+    search.run(lambda core, active: job.edit.target - job.look(core, active))
+    if figures is None or (search.iterations > tried).any():
+        block = job.start(search.best_core, seed)
+        figures = job.write(search.best_core, every, block)
+    return _Result("compensated", int(search.iterations.max()), figures, block)
 
 
 class _Glimpse:
@@ -235,7 +237,7 @@ class _Glimpse:
             return None
         share = job.edit.share(some)
         weights = torch.linalg.eigvalsh(share)[energy > 0]
-        even = bool(((weights > part / 2) & (weights < 2 * part)).all())
+        even = bool(((weights > part / UNEVEN) & (weights < UNEVEN * part)).all())
         return cls(job, energy, some, share) if even else None
 
     def residual(
@@ -254,42 +256,44 @@ class _Search:
     arrives gets its best.
     """
 
-    def __init__(self, core: Tensor, length: Tensor, energy: Float64[Tensor, " batch"]) -> None:
+    def __init__(self, core: Tensor, length: Tensor, target: Float64[Tensor, "batch k k"]) -> None:
         self.core = self.best_core = core
-        self.length, self.iterations = length, torch.zeros_like(energy)
-        self._energy = energy
+        self._target, self._energy = target, target.square().sum((-2, -1))
+        self.length, self.iterations = length, torch.zeros_like(self._energy)
         # On the diagonal and off it, the core answers differently.
         one = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
         self._parts = torch.stack((one, 1 - one))
         self._answers = self._steps = core.new_zeros(len(core), 2)
-        self._residual = torch.full_like(core, torch.nan)
-        self._measured = False
-        self._error = self._least = torch.full_like(energy, torch.inf)
-        self._setbacks = torch.zeros_like(energy)
-        self.stale = torch.ones_like(energy, dtype=torch.bool)
-        """Matrices whose best core is not the last that was measured in the last run."""
+        self._residual, self._measured = torch.full_like(core, torch.nan), False
+        self._distance = self._least = torch.full_like(self._energy, torch.inf)
+        self._setbacks = torch.zeros_like(self._energy)
 
-    def run(self, measure: Callable[[Tensor, Tensor], Tensor], tolerance: float) -> None:
-        """Correct until the error of each matrix is at most `tolerance`, or no better one is to be had.
+    def anew(self) -> "_Search":
+        """A search from the best core on, with the step lengths learnt and the iterations counted so far."""
+        other = _Search(self.best_core, self.length, self._target)
+        other.iterations = self.iterations
+        return other
 
-        `measure` gives the residual of a core, for the matrices asked for; it is to be kept to for one run.
+    def run(self, measure: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Correct until each matrix is within the tolerances, or no better core is to be had.
+
+        `measure` gives the residual of a core, for the matrices asked for; not asked for the first where that is known.
         """
-        self.stale = torch.ones_like(self.stale)
         if not self._measured:
-            self._measured = True
-            self._take(measure(self.core, self.stale), self.stale)
-        while bool((active := self._active(tolerance)).any()):
+            every = torch.ones_like(self._energy, dtype=torch.bool)
+            self.take(measure(self.core, every), every)
+        while bool((active := self._active()).any()):
             step = self._residual * self.length * 0.5 ** self._setbacks[:, None, None]
             self.core = _pick(active, self.core + step, self.core)
             residual = _pick(active, measure(self.core, active), self._residual)
             self._learn(step, self._residual - residual, active)
             self.iterations = self.iterations + active
-            self._take(residual, active)
+            self.take(residual, active)
 
-    def _active(self, tolerance: float) -> Bool[Tensor, " batch"]:
-        # Without an edit the error is no number or infinite; such a matrix stays as it is.
+    def _active(self) -> Bool[Tensor, " batch"]:
+        # Without an edit the distance is no number or infinite; such a matrix stays as it is.
         able = (self._setbacks < PATIENCE) & (self.iterations < LIMIT) & (self._energy > 0)
-        return able & (self._error > tolerance)
+        return able & (self._distance > 1)
 
     def _learn(self, step: Tensor, answer: Tensor, active: Tensor) -> None:
         """Make the next step as long, in residuals, as the answers to steps so far call for, the last ones first."""
@@ -302,14 +306,17 @@ class _Search:
         wanted = torch.where(gain > 0, 1 / gain, 2 * self.length).clamp(0.4, 4)
         self.length = _pick(active, torch.minimum(wanted, 2 * self.length), self.length)
 
-    def _take(self, residual: Tensor, active: Tensor) -> None:
-        self._residual, self._error = residual, torch.linalg.matrix_norm(residual) / self._energy.sqrt()
-        better = active & (self._error < self._least)
-        self._least = torch.where(better, self._error, self._least)
+    def take(self, residual: Tensor, active: Tensor) -> None:
+        """Note the residual of the core, for the matrices asked for."""
+        self._residual, self._measured = residual, True
+        beside = torch.linalg.matrix_norm(residual) / (CORE_TOLERANCE * self._energy.sqrt())
+        lost = (self._target * residual).sum((-2, -1)).abs() / (TOLERANCE * self._energy)
+        self._distance = torch.maximum(beside, lost)
+        better = active & (self._distance < self._least)
+        self._least = torch.where(better, self._distance, self._least)
         # What is stored may answer a change of the core twice over: shorter steps end the swinging.
         self._setbacks = self._setbacks + (active & ~better)
         self.best_core = _pick(better, self.core, self.best_core)
-        self.stale = torch.where(active, ~better, self.stale)
 
 
 def _pick(where: Bool[Tensor, " batch"], one: Tensor, other: Tensor) -> Tensor:

@@ -221,7 +221,7 @@ def _difference(aligned: Tensor, base: Tensor) -> Tensor:
     rows = max(1, TILE // max(1, aligned.shape[-1]))
     for begin in range(0, len(ours), rows):
         at = slice(begin, begin + rows)
-        torch.sub(ours[at].to(wide), theirs[at].to(wide), out=out[at])
+        out[at].copy_(ours[at]).sub_(theirs[at])
     return delta
 
 
