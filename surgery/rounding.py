@@ -7,7 +7,7 @@ What was stored, D = round(W + E) - W, is judged by its retention <D, E> / ||E||
 * stochastic: up with probability equal to the fraction; unbiased, noisy; Philox bits keyed by seed and tensor name.
 * compensated: round to nearest, but of W + U C V^T, where E = U S V^T and the k x k core C is chosen so that
   U^T D V = S. From C = S the residual S - U^T D V is added to C, times a length learnt from the answers so far; at
-  first on a sample of the rows, then on all of them without storing, then storing. Deterministic at a given number of
+  first on a sample of the rows, then, if that misses, on all without storing. Deterministic at a given number of
   threads; at small edits a half to a third of the noise of stochastic. An edit of full rank has no small core: there
   C is one number, the gain along E, chosen so that <D, E> = ||E||^2.
 * auto: nearest where it retains at least `ENOUGH`, else compensated.
@@ -48,8 +48,8 @@ TOLERANCE = 1e-3
 """Compensation stops where the retention of every matrix of a batch is this near to 1, and its core as near as ..."""
 
 CORE_TOLERANCE = 1e-2
-"""... ||S - U^T D V||_F is at most this beside ||E||_F: a small part of the noise of rounding, which is a fifth of E
-and more where an edit needs compensation. Nearer than this it moves by jumps, and steps towards it are hit or miss."""
+"""... ||S - U^T D V||_F is at most this beside ||E||_F: a small part of the noise of rounding, a fifth of E and more
+where an edit needs compensation. Nearer than this the core moves by jumps, and steps towards it are hit or miss."""
 
 LIMIT = 50
 """Iterations of compensation at most; the best core is kept. Edits of 1e-4 of the weight take about fifteen."""
@@ -277,7 +277,7 @@ class _Search:
     def run(self, measure: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Correct until each matrix is within the tolerances, or no better core is to be had.
 
-        `measure` gives the residual of a core, for the matrices asked for; not asked for the first where that is known.
+        `measure` gives the residual of a core, for the matrices asked for; that of the first may be known.
         """
         if not self._measured:
             every = torch.ones_like(self._energy, dtype=torch.bool)

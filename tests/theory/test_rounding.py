@@ -260,7 +260,9 @@ def test_more_iterations_never_store_a_worse_core(ratio, monkeypatch):
         monkeypatch.setattr(rounding, "LIMIT", limit)
         result = _store(weight, factors, "compensated")
         lost = edit - (result.weight.double() - anchor)
-        beside = (factors.left.double().mT @ lost @ factors.right.double().mT).norm().item() / edit.norm().item()
+        beside = (
+            factors.left.double().mT @ lost @ factors.right.double().mT
+        ).norm().item() / edit.norm().item()
         errors.append(max(beside / rounding.CORE_TOLERANCE, abs(1 - result.retention) / rounding.TOLERANCE))
     assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(errors))
     assert errors[-1] < 0.5 * errors[0]
