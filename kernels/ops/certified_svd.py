@@ -9,8 +9,10 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from numpy import ndarray
 from torch import Tensor
 
 from surgery.kernels import residual_bounds
@@ -64,14 +66,15 @@ class _Patience:
     tol: float
     since: int | None = None
 
-    def settled(self, reached: Bounds, passes: int) -> Tensor:
+    def settled(self, reached: Bounds, passes: int) -> Bool[ndarray, " batch"]:
         """Which matrices need no further pass."""
         captured = reached.energy_deficit <= self.tol**2
         resolved = reached.error <= self.tol
-        if bool((captured | resolved).all()) and self.since is None:
+        if self.since is None and (captured | resolved).all():
             self.since = passes
         late = self.since is not None and passes >= self.since + _GRACE
-        return resolved | (captured & ((reached.error > _NEAR * self.tol) | late))
+        done: ndarray = resolved | (captured & ((reached.error > _NEAR * self.tol) | late))
+        return done
 
 
 @dataclass
@@ -206,7 +209,8 @@ def iterated(
         reached = _judge(triplets, energy, rank, roundoff * state.amplification, roundoff)
         settled = patience.settled(reached, state.passes)
         if full or bool(settled.all()):
-            return _first(triplets, rank, _verdicts(state, reached, tol)), settled
+            verdicts = _verdicts(state, reached, tol)
+            return _first(triplets, rank, verdicts), torch.from_numpy(settled).to(energy.device)
 
 
 def _promises(
@@ -227,7 +231,10 @@ def _promises(
     schedule.after(passes, missing)
     if missing > 1:
         return False
-    predicted = Residuals(found.values, gram, torch.zeros_like(found.values), energy, roundoff)
+    values = found.values.numpy(force=True)
+    predicted = Residuals(
+        values, gram.numpy(force=True), np.zeros_like(values), energy.numpy(force=True), roundoff
+    )
     return bool(patience.settled(residual_bounds.bounds(predicted, rank, roundoff), passes).all())
 
 
@@ -238,10 +245,10 @@ def _judge(triplets: Triplets, energy: Tensor, rank: int, roundoff: float, store
     lacking = max(0, rank + 1 - triplets.values.shape[-1])
     pad = torch.nn.functional.pad
     known = Residuals(
-        pad(triplets.values, (0, lacking)),
-        pad(gram, (0, lacking, 0, lacking)),
-        pad(outer, (0, lacking)),
-        energy,
+        pad(triplets.values, (0, lacking)).numpy(force=True),
+        pad(gram, (0, lacking, 0, lacking)).numpy(force=True),
+        pad(outer, (0, lacking)).numpy(force=True),
+        energy.numpy(force=True),
         roundoff,
     )
     return residual_bounds.bounds(known, rank, stored)
