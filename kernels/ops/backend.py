@@ -23,12 +23,13 @@ VARIABLE = "SURGERY_KERNELS"
 _INTERPRET = "TRITON_INTERPRET"
 
 
-def choose(*tensors: Tensor, wide: bool = False) -> Backend:
+def choose(*tensors: Tensor, wide: bool = False, lacking: str | None = None) -> Backend:
     """Triton for tensors of one CUDA device where it is installed, otherwise torch; `SURGERY_KERNELS` overrules.
 
     Args:
         tensors: What the operation reads, at least one tensor.
         wide: The Triton kernel computes float64 tensors in float64; without, they are left to torch.
+        lacking: Why there is no Triton kernel for this call, where there is none.
 
     Raises:
         UsageError: `SURGERY_KERNELS` holds another word, or asks for Triton where it cannot run.
@@ -40,7 +41,7 @@ def choose(*tensors: Tensor, wide: bool = False) -> Backend:
         )
     if asked == "torch":
         return "torch"
-    obstacle = _obstacle({tensor.device for tensor in tensors}, asked == "triton")
+    obstacle = lacking or _obstacle({tensor.device for tensor in tensors}, asked == "triton")
     if obstacle is None and not wide and any(tensor.dtype == torch.float64 for tensor in tensors):
         obstacle = "float64 tensors are computed by torch alone"
     if asked == "triton" and obstacle:

@@ -86,7 +86,7 @@ class Pass:
         self.rounder, self._shape, self._tiles = rounder, anchor.shape, list(tiles(anchor.shape))
         self._anchors, self._outs = cut(anchor, self._shape), cut(out, self._shape)
         self._intended = cut(edit.scaled(edit.core), self._shape)
-        self._twin = _Twin.of(self, edit) if isinstance(edit, LowRank) else None
+        self._twin = _Twin.of(self, edit)
         largest = self._anchors[0].numel()
         self._room = torch.empty(2, largest, dtype=edit.dtype, device=out.device)
         self._stored = torch.empty(largest, dtype=out.dtype, device=out.device)
@@ -239,8 +239,11 @@ class _Twin:
         self._intended = edit.scaled(edit.core)
 
     @classmethod
-    def of(cls, job: Pass, edit: LowRank) -> "_Twin | None":
+    def of(cls, job: Pass, edit: AbstractEdit) -> "_Twin | None":
         """None where torch is to compute (`backend.choose`)."""
+        if not isinstance(edit, LowRank):
+            choose(job.anchor, job.out, lacking="edits of full rank are stored by torch alone")
+            return None
         return cls(job, edit) if choose(job.anchor, job.out, edit.right) == "triton" else None
 
     def write(self, core: Tensor, active: Tensor, block: Tensor) -> Figures:

@@ -4,17 +4,27 @@ import json
 import re
 import sys
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from surgery.kernels import difference_triton, rerouting_triton, vocabulary_entropy_triton
+from surgery.kernels import (
+    difference_triton,
+    rank_update_triton,
+    rerouting_triton,
+    vocabulary_entropy_triton,
+)
+from surgery.kernels.rounders import GRID
 
 PAIR, SUMS = {"a": "in", "b": "in"}, {"largest": "*fp32", "total": "*fp32", "moment": "*fp32"}
 PRODUCT = {"BM": difference_triton._BM, "BN": difference_triton._BN, "B": difference_triton._MOST}
 STAGED = {"num_stages": difference_triton._STAGES}
 LOGITS = {"BT": 32, "BV": 64, "BD": 64, "WIDEN": False}
 ROWS = {"BR": rerouting_triton._BR, "BD": rerouting_triton._BD}
+EDIT = {"anchor": "in", "out": "in", "intended": "*fp32", "right": "*fp32"}
+COUNTS = {"active": "*i32", "noises": "*fp64", "anchors": "*fp64", "changes": "*i64"}
+BLOCK = {"BM": rank_update_triton._BM, "BN": rank_update_triton._BN, "B": 32}
 COSINES = {"cosine": "*fp32", "norm": "*fp32", "original_norm": "*fp32"}
 
 # (kernel, types of its pointers, constants, options); sizes and strides are int32.
@@ -30,6 +40,20 @@ KERNELS = [
         LOGITS,
         {},
     ),
+    *(
+        (
+            rank_update_triton._update,
+            {**EDIT, **COUNTS, "scaled": "*fp32", "probe": "*fp32", "products": "*fp32", "seed": "i64"},
+            {**BLOCK, "SIGNIFICAND": GRID[torch.bfloat16][0], "SMALLEST": GRID[torch.bfloat16][1], **modes},
+            {},
+        )
+        for modes in (
+            {"STOCHASTIC": False, "STORE": True},
+            {"STOCHASTIC": True, "STORE": True},
+            {"STOCHASTIC": False, "STORE": False},
+        )
+    ),
+    (rank_update_triton._image, {**EDIT, "factor": "*fp32", "image": "*fp32"}, BLOCK, {}),
     (rerouting_triton._cosines, {**PAIR, **COSINES, "mask": "*i8"}, ROWS, {}),
     (rerouting_triton._gradient, {**PAIR, **COSINES, "upstream": "*fp32", "out": "in"}, ROWS, {}),
 ]
@@ -56,10 +80,10 @@ def built(kernel, pointers, constants, options, dtype):
 
 if __name__ == "__main__":
     found = {
-        f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}.{dtype}": built(
+        f"{number}.{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}.{dtype}": built(
             kernel, pointers, constants, options, dtype
         )
-        for kernel, pointers, constants, options in KERNELS
+        for number, (kernel, pointers, constants, options) in enumerate(KERNELS)
         for dtype in ("fp32", "bf16")
     }
     json.dump(found, sys.stdout)

@@ -24,7 +24,7 @@ def kernels(tmp_path_factory):
 
 
 def test_every_kernel_compiles_and_fits_the_shared_memory_of_any_gpu(kernels):
-    assert len(kernels) == 16
+    assert len(kernels) == 24
     assert {name: kernel["shared"] for name, kernel in kernels.items() if kernel["shared"] > 48 << 10} == {}
 
 
@@ -35,6 +35,6 @@ def test_products_of_float32_are_never_taken_in_tf32(kernels):
 def test_logits_of_bfloat16_run_on_the_tensor_cores(kernels):
     """A control of the reading, too: products that are taken there are found."""
     assert {name for name, kernel in kernels.items() if "bf16" in kernel["products"]} == {
-        "vocabulary_entropy_triton._sums.bf16",
-        "vocabulary_entropy_triton._gradient.bf16",
+        "4.vocabulary_entropy_triton._sums.bf16",
+        "5.vocabulary_entropy_triton._gradient.bf16",
     }

@@ -184,3 +184,15 @@ def test_sums_in_float64_are_refused_where_triton_is_asked_for(device, monkeypat
         store(weight, edit, FP32, mode="nearest", seed=0, name="w")
     monkeypatch.setenv("SURGERY_KERNELS", "torch")
     assert store(weight, edit, FP32, mode="nearest", seed=0, name="w").weight[0, 0] == 2
+
+
+def test_an_edit_of_full_rank_is_refused_where_triton_is_asked_for(device, monkeypatch):
+    weight = torch.ones(4, 6, dtype=BF16, device=device)
+
+    def stored():
+        return store(weight, torch.ones(4, 6, device=device), BF16, mode="nearest", seed=0, name="w")
+
+    assert (stored().weight == 2).all()
+    monkeypatch.setenv("SURGERY_KERNELS", "triton")
+    with pytest.raises(UsageError, match="full rank are stored by torch alone"):
+        stored()
