@@ -33,7 +33,7 @@ CORRECTNESS = (
 
 def benchmarks(folder: Path, repeats: int) -> dict[str, Callable[[], Sequence[Any]]]:
     """The benchmarks by name, in the order of the table."""
-    from benchmarks import copying, decomposition, kinds, memory, scaling, small_model
+    from benchmarks import copying, decomposition, kinds, memory, scaling, small_model, stages
 
     settings = (("spiked", 1e-2), ("bulk", 1e-3))
     return {
@@ -43,6 +43,7 @@ def benchmarks(folder: Path, repeats: int) -> dict[str, Callable[[], Sequence[An
         "kinds": lambda: kinds.rows(repeats),
         "small_model": lambda: small_model.rows(folder, repeats),
         "scaling": lambda: scaling.rows(folder, repeats),
+        "stages": lambda: stages.rows(folder),
     }
 
 
