@@ -23,16 +23,43 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+def _callback(name: str) -> Any:
+    """The function behind a method's command: it edits weights, or it trains."""
+    from surgery.train.step import TrainedMethod
+
+    method = methods.get(name)
+    if issubclass(method, TrainedMethod):
+        from surgery.cli import train
+
+        return train.command(method)
+    from surgery.cli import edit
+
+    return edit.command(method)
+
+
 class MethodCommand(TyperCommand):
     """A method's command, known by name and summary until it is called: only then is the method imported."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """The context of the real command, which is built here."""
-        from surgery.cli.edit import command
+        single = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+        single.command(name=self.name)(_callback(self.name or ""))
+        return typer.main.get_command(single).make_context(info_name, args, parent=parent, **extra)
+
+
+class MergeCommand(TyperCommand):
+    """The merge command, whose options are made from records when it is called."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """The context of the real command, which is built here."""
+        from surgery.cli.merge import command
 
         single = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-        single.command(name=self.name)(command(self.name or ""))
+        single.command(name=self.name)(command())
         return typer.main.get_command(single).make_context(info_name, args, parent=parent, **extra)
+
+
+_MERGE = "Fold PEFT LoRA adapters into a model's files."
 
 
 class MethodGroup(TyperGroup):
@@ -40,6 +67,7 @@ class MethodGroup(TyperGroup):
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
+        self.add_command(MergeCommand(name="merge", help=_MERGE, short_help=_MERGE, rich_markup_mode=None))
         for name in methods.names():
             summary = methods.summary(name)
             self.add_command(

@@ -2,23 +2,43 @@
 
 import dataclasses
 import inspect
+import itertools
+import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from annotated_doc import Doc
 
+from surgery import processes
 from surgery.errors import UsageError
 
 
-def parameters(record: type, panel: str) -> list[inspect.Parameter]:
-    """A keyword parameter for each field of a record, as Typer wants options declared."""
+def parameters(
+    record: type,
+    panel: str,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    leave_out: Collection[str] = (),
+) -> list[inspect.Parameter]:
+    """A keyword parameter for each field of a record, as Typer wants options declared.
+
+    Args:
+        record: A dataclass.
+        panel: The heading in the help.
+        defaults: Values that stand in for those of the record.
+        leave_out: Fields that are no options here.
+    """
     hints = inspect.get_annotations(record, eval_str=True)
-    return [_parameter(field, hints[field.name], panel) for field in dataclasses.fields(record)]
+    return [
+        _parameter(field, hints[field.name], panel, defaults.get(field.name, field.default))
+        for field in dataclasses.fields(record)
+        if field.name not in leave_out
+    ]
 
 
-def _parameter(field: dataclasses.Field, hint: Any, panel: str) -> inspect.Parameter:
+def _parameter(field: dataclasses.Field, hint: Any, panel: str, default: Any) -> inspect.Parameter:
     kind, doc = get_args(hint) if get_origin(hint) is Annotated else (hint, Doc(""))
     option = "--" + field.name.replace("_", "-")
     shape, parser, metavar = _accepted(field.name, kind)
@@ -30,7 +50,7 @@ def _parameter(field: dataclasses.Field, hint: Any, panel: str) -> inspect.Param
         rich_help_panel=panel,
     )
     return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[shape, info]
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[shape, info]
     )
 
 
@@ -56,8 +76,17 @@ def _accepted(name: str, kind: Any) -> tuple[Any, Callable[[Any], Any] | None, s
 
 
 def from_fields(record: type, values: Mapping[str, Any]) -> Any:
-    """The record whose fields have these values; other keys are ignored."""
-    return record(**{field.name: values[field.name] for field in dataclasses.fields(record)})
+    """The record whose fields have these values; fields that have none keep their default."""
+    return record(
+        **{field.name: values[field.name] for field in dataclasses.fields(record) if field.name in values}
+    )
+
+
+def help_text(method: type) -> str:
+    """A method's docstring up to its sources, its equations kept from being re-wrapped."""
+    doc = inspect.getdoc(inspect.getmodule(method)) or ""
+    paragraphs = itertools.takewhile(lambda text: "https://" not in text, doc.split("\n\n"))
+    return "\n\n".join("\b\n" + text if text.startswith("    ") else text for text in paragraphs)
 
 
 def with_signature(function: Callable, parameters: list[inspect.Parameter], doc: str) -> Callable:
@@ -76,3 +105,17 @@ def require_one_output(quiet: bool, as_json: bool) -> None:
     """Refuse options that contradict each other in what is to be printed."""
     if quiet and as_json:
         raise UsageError("--json and --quiet contradict each other; choose one")
+
+
+def settle_output(values: dict[str, Any]) -> None:
+    """Settle what is printed (`quiet`, `json`): nothing by any process of a run but the first.
+
+    Raises:
+        UsageError: Both were asked for.
+    """
+    require_one_output(values["quiet"], values["json"])
+    if not processes.speaks():
+        values |= {"quiet": True, "json": False}
+    if values["quiet"]:
+        # Read by the Hub's client when it is first imported, which only a Hub source does.
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

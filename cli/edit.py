@@ -2,14 +2,15 @@
 
 import dataclasses
 import inspect
-import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surgery import methods
 from surgery.cli import commands, output
+
+if TYPE_CHECKING:
+    from surgery.methods.base import WeightEdit
 
 _ARGUMENTS = (
     ("base", "BASE", "The checkpoint before alignment: a folder, ORG/NAME[@REV], demo:base."),
@@ -28,15 +29,19 @@ def _arguments() -> list[inspect.Parameter]:
     ]
 
 
-def _common() -> list[inspect.Parameter]:
-    """Options that are the command's own: where the result goes and how it is shown."""
+def common(default: str) -> list[inspect.Parameter]:
+    """Options that are the command's own: where the result goes and how it is shown.
+
+    Args:
+        default: What the output is called where none is named.
+    """
     options: list[tuple[str, Any, Any, list[str], str]] = [
         (
             "output",
             Path | None,
             None,
             ["--output", "-o"],
-            "The folder to write; by default ./<aligned>-<method>.",
+            f"The folder to write; by default {default}.",
         ),
         ("plan", bool, False, ["--plan"], "Read headers only, print what would happen, write nothing."),
         ("json", bool, False, ["--json"], "Print one JSON document on stdout."),
@@ -53,39 +58,28 @@ def _common() -> list[inspect.Parameter]:
     ]
 
 
-def command(name: str) -> Any:
+def command(method: "type[WeightEdit]") -> Any:
     """The callback of a method's command, its options made from the method's and the run's records."""
     from surgery.options import Options
 
-    method = methods.get(name)
     parameters = [
         *_arguments(),
-        *_common(),
+        *common("./<aligned>-<method>"),
         *commands.parameters(method, f"{method.title} options"),
         *commands.parameters(Options, "Run options"),
     ]
-    return commands.with_signature(lambda values: _run(method, values), parameters, _help(method))
+    return commands.with_signature(
+        lambda values: _run(method, values), parameters, commands.help_text(method)
+    )
 
 
-def _help(method: type) -> str:
-    """A method's docstring up to its sources, its equations kept from being re-wrapped."""
-    doc = inspect.getdoc(inspect.getmodule(method)) or ""
-    paragraphs = doc.partition("\n\nPerin")[0].split("\n\n")
-    return "\n\n".join("\b\n" + text if text.startswith("    ") else text for text in paragraphs)
-
-
-def _run(method: type, values: dict[str, Any]) -> None:
+def _run(method: "type[WeightEdit]", values: dict[str, Any]) -> None:
     """Plan or carry out an edit and print what came of it."""
-    from surgery import pipeline, processes
+    from surgery import pipeline
     from surgery.job import prepare
     from surgery.options import Options
 
-    commands.require_one_output(values["quiet"], values["json"])
-    if not processes.speaks():
-        values |= {"quiet": True, "json": False}
-    if values["quiet"]:
-        # Read by the Hub's client when it is first imported, which only a Hub source does.
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    commands.settle_output(values)
     job = prepare(
         commands.from_fields(method, values),
         base=values["base"],
@@ -94,18 +88,11 @@ def _run(method: type, values: dict[str, Any]) -> None:
         options=commands.from_fields(Options, values),
     )
     if values["plan"]:
-        if values["json"]:
-            output.document(job.plan.document())
-        elif not values["quiet"]:
-            output.plan(job)
+        output.planned(job, as_json=values["json"], quiet=values["quiet"])
         return
     with output.ShardProgress(quiet=values["quiet"]) as progress:
         done = pipeline.run(job, progress)
-    if values["json"]:
-        output.document(done.document())
-    elif not values["quiet"]:
-        output.outcome(job, done)
-    output.warnings(job, done)
+    output.carried_out(job, done, as_json=values["json"], quiet=values["quiet"])
 
 
 def option_names(record: type) -> list[str]:

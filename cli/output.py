@@ -119,10 +119,7 @@ def plan(job: "Job") -> None:
     left = [f"{file} ({reason})" for file, reason in found.sidecars.left]
     rows(
         [
-            ("equation", found.equation),
-            ("equivalent", found.equivalent),
-            ("roles", f"base {job.sources['base'].label}, aligned {job.sources['aligned'].label}: "
-             + found.roles.summary()),
+            *_identity(job),
             ("tensors", f"{edits} to edit, {copies} to copy"),
             ("reads", size(found.bytes_read)),
             ("writes", f"{size(found.bytes_written)} to {job.output} ({size(found.disk_free)} free)"),
@@ -135,25 +132,60 @@ def plan(job: "Job") -> None:
     )  # fmt: skip
 
 
+def planned(job: "Job", *, as_json: bool, quiet: bool) -> None:
+    """Print a plan, as one document or for people."""
+    if as_json:
+        document(job.plan.document())
+    elif not quiet:
+        plan(job)
+
+
+def carried_out(job: "Job", done: "Outcome", *, as_json: bool, quiet: bool) -> None:
+    """Print what a run came to, as one document or for people, and its warnings."""
+    if as_json:
+        document(done.document())
+    elif not quiet:
+        outcome(job, done)
+    warnings(job, done)
+
+
+def _identity(job: "Job") -> list[tuple[str, str]]:
+    """What is computed, from which sources."""
+    named = ", ".join(f"{role} {source.label}" for role, source in job.sources.items())
+    equivalent = [("equivalent", job.plan.equivalent)] if job.plan.equivalent else []
+    return [("equation", job.plan.equation), *equivalent, ("roles", f"{named}: {job.plan.roles.summary()}")]
+
+
+def _dropped(done: "Outcome") -> float:
+    """The share of the alignment update that an edit of the base leaves out; 0 for other edits."""
+    return 1 - done.totals["energy_kept"] if done.plan.drops_rest else 0.0
+
+
+def _kept(done: "Outcome") -> list[tuple[str, str]]:
+    """What a decomposition kept; nothing where none was made."""
+    if "energy_kept" not in done.totals:
+        return []
+    lost = _dropped(done)
+    text = f"{percent(done.totals['energy_kept'])} of the edited tensors' ||W_aligned - W_base||^2 is in the kept "
+    text += "rank"
+    return [("energy kept", text + (f"; the other {percent(lost)} is dropped" if lost > 0 else ""))]
+
+
 def outcome(job: "Job", done: "Outcome") -> None:
     """The summary of a run for people."""
     total = done.totals
-    drops = job.method.anchor == "base" and total["energy_kept"] < 1
+    decomposed = "certified_by" in total
     rows(
         [
-            ("equation", done.plan.equation),
-            ("equivalent", done.plan.equivalent),
-            ("roles", f"base {job.sources['base'].label}, aligned {job.sources['aligned'].label}: "
-             + done.plan.roles.summary()),
+            *_identity(job),
             ("tensors", f"{total['edited']} edited, {total['copied']} copied, "
-                f"{total['unchanged']} unchanged by alignment"),
-            ("energy kept", f"{percent(total['energy_kept'])} of the edited tensors' ||W_aligned - W_base||^2 is in "
-             "the kept rank" + (f"; the other {percent(1 - total['energy_kept'])} is dropped" if drops else "")),
+                f"{total['unchanged']} unchanged" + (" by alignment" if decomposed else "")),
+            *_kept(done),
             ("retention", f"{percent(total['retention'])} of the edit is in the stored weights "
              f"(worst tensor {percent(total['retention_min'])})"),
             ("noise/edit", f"{total['noise_to_edit']:.3f} Frobenius, "
                 f"{total['noise_spectral_max']:.3f} spectral (worst tensor)"),
-            ("certified", _certified(done)),
+            *([("certified", _certified(done))] if decomposed else []),
             ("cost", f"{done.seconds:.1f} s, peak memory {size(done.peak_rss_bytes)}, "
                 f"{size(done.bytes_written)} written"),
             ("output", str(done.output)),
@@ -188,18 +220,19 @@ def warnings(job: "Job", done: "Outcome") -> None:
             f"warning: the order was overruled, though {'; '.join(job.plan.roles.contradicts)}; "
             "if the files are right, this output has less alignment, not more"
         )
-    if job.method.anchor == "base" and total["energy_kept"] < 1:
+    if (lost := _dropped(done)) > 0:
         note(
-            f"warning: {percent(1 - total['energy_kept'])} of the alignment update of the {total['edited']} edited "
+            f"warning: {percent(lost)} of the alignment update of the {total['edited']} edited "
             "tensors is dropped (--anchor base)"
         )
+    exact = "--dtype float32 or --as-lora" if "certified_by" in total else "--dtype float32"
     if total["retention_min"] < 0.99:
-        way_out = "--dtype float32 or --as-lora" if job.options.rounding == "auto" else "--rounding auto"
+        way_out = exact if job.options.rounding == "auto" else "--rounding auto"
         note(f"warning: a tensor keeps {percent(total['retention_min'])} of its edit; {way_out} keeps more")
     if total["noise_spectral_max"] > 1:
         note(
             f"warning: rounding noise exceeds the edit in a tensor ({total['noise_spectral_max']:.2f} in spectral "
-            "norm); --dtype float32 or --as-lora avoid it"
+            f"norm); {exact} avoids it"
         )
 
 

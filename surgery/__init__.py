@@ -17,6 +17,12 @@ _PUBLIC = {
     "Outcome": "surgery.pipeline",
     "Options": "surgery.options",
     "LoX": "surgery.methods.lox",
+    "merge": "surgery.merging",
+    "immunise": "surgery.train.running",
+    "Training": "surgery.train.training",
+    "Vaccine": "surgery.methods.vaccine",
+    "TVaccine": "surgery.methods.t_vaccine",
+    "CircuitBreakers": "surgery.methods.circuit_breakers",
     "verify": "surgery.verification",
     "SurgeryError": "surgery.errors",
 }
@@ -25,10 +31,16 @@ __all__ = [*_PUBLIC, "__version__"]
 if TYPE_CHECKING:
     from surgery.errors import SurgeryError as SurgeryError
     from surgery.job import prepare as prepare
+    from surgery.merging import merge as merge
+    from surgery.methods.circuit_breakers import CircuitBreakers as CircuitBreakers
     from surgery.methods.lox import LoX as LoX
+    from surgery.methods.t_vaccine import TVaccine as TVaccine
+    from surgery.methods.vaccine import Vaccine as Vaccine
     from surgery.options import Options as Options
     from surgery.pipeline import Outcome as Outcome
     from surgery.pipeline import apply as apply
+    from surgery.train.running import immunise as immunise
+    from surgery.train.training import Training as Training
     from surgery.verification import verify as verify
 
 

@@ -47,7 +47,7 @@ from surgery.spectral import Factors
 
 if TYPE_CHECKING:
     from surgery.edits import Progress
-    from surgery.job import Job
+    from surgery.job import PairJob
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -152,7 +152,7 @@ class _Gathered:
 
 
 def write_adapter(
-    job: "Job", staging: Staging, hashes: InputHashes, progress: "Progress | None"
+    job: "PairJob", staging: Staging, hashes: InputHashes, progress: "Progress | None"
 ) -> list[Record]:
     """Write `adapter_model.safetensors` and `adapter_config.json`; return one record per tensor of the aligned model.
 
@@ -183,7 +183,7 @@ def write_adapter(
     return gathered.records
 
 
-def _identity(job: "Job") -> dict[str, Any]:
+def _identity(job: "PairJob") -> dict[str, Any]:
     """Which model the adapter belongs to, pinned where it has a commit."""
     source = job.sources[job.method.anchor]
     return {"base_model_name_or_path": source.repository or source.label, "revision": source.commit}
@@ -238,7 +238,7 @@ class _Gather:
     """Computes all edits, shard by shard, and finds out what else a base anchor lacks."""
 
     def __init__(
-        self, job: "Job", aligned: Reader, base: Reader, names: Names, places: Mapping[str, Place]
+        self, job: "PairJob", aligned: Reader, base: Reader, names: Names, places: Mapping[str, Place]
     ) -> None:
         self._job, self._aligned, self._base = job, aligned, base
         self._names, self._places = names, places

@@ -64,8 +64,12 @@ class Place:
     whole: bool = True
 
 
-def model_config(checkpoint: Checkpoint) -> Any:
+def model_config(checkpoint: Checkpoint, way_out: str = WAY_OUT) -> Any:
     """The transformers config of a checkpoint.
+
+    Args:
+        checkpoint: Its config.json is read.
+        way_out: What errors advise.
 
     Raises:
         InputError: transformers does not know this architecture, or only with code from the checkpoint.
@@ -79,33 +83,37 @@ def model_config(checkpoint: Checkpoint) -> Any:
                 checkpoint.folder, local_files_only=True, trust_remote_code=False
             )
     except _BUILD_ERRORS as error:
-        raise _no_model(checkpoint, error) from None
+        raise _no_model(checkpoint, error, way_out) from None
 
 
-def build_model(checkpoint: Checkpoint) -> nn.Module:
+def build_model(checkpoint: Checkpoint, way_out: str = WAY_OUT) -> nn.Module:
     """The causal language model of a checkpoint on the meta device: modules and shapes, no weights.
+
+    Args:
+        checkpoint: Its config is read.
+        way_out: What errors advise.
 
     Raises:
         InputError: transformers has no such class, or only with code from the checkpoint.
     """
     from transformers import AutoModelForCausalLM
 
-    config = model_config(checkpoint)
+    config = model_config(checkpoint, way_out)
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             return model
     except _BUILD_ERRORS as error:
-        raise _no_model(checkpoint, error) from None
+        raise _no_model(checkpoint, error, way_out) from None
 
 
-def _no_model(checkpoint: Checkpoint, error: Exception) -> InputError:
+def _no_model(checkpoint: Checkpoint, error: Exception, way_out: str) -> InputError:
     kind = checkpoint.config.get("model_type", "no model_type")
     reason = str(error).strip().partition("\n")[0][:200]
     return InputError(
         f"{checkpoint.label} ({kind}) cannot be built by transformers without running its own code, and an adapter "
-        f"needs its module names ({reason}); {WAY_OUT}"
+        f"needs its module names ({reason}); {way_out}"
     )
 
 
@@ -147,12 +155,19 @@ def tied_parameters(model: nn.Module) -> frozenset[str]:
 class Names:
     """Places of all tensors of a checkpoint's files in a model.
 
+    Args:
+        tensors: Of the files.
+        model: Without weights; not changed and not kept.
+        way_out: What errors advise; by default to leave the tensor out, or to write a model instead of an adapter.
+
     Raises:
         InputError: Two tensors become the same parameter.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], model: nn.Module) -> None:
-        self._tensors = tensors
+    def __init__(
+        self, tensors: Mapping[str, TensorInfo], model: nn.Module, way_out: str | None = None
+    ) -> None:
+        self._tensors, self._way_out = tensors, way_out
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict(keep_vars=True).items()}
         self._converted: dict[str, _Converted] = {}
         self._direct = self._rename(model)
@@ -200,9 +215,26 @@ class Names:
         for name, parameter in self._direct.items():
             if parameter in self._shapes and found.setdefault(parameter, name) != name:
                 raise InputError(
-                    f"{name} and {found[parameter]} are the same parameter in the model; {WAY_OUT}"
+                    f"{name} and {found[parameter]} are the same parameter in the model; {self._way_out or WAY_OUT}"
                 )
         return found
+
+    def sources(self, parameter: str) -> dict[str, Place]:
+        """The tensors that a parameter is made of, with the part of it that each becomes.
+
+        Raises:
+            InputError: One is stored in another shape or layout.
+        """
+        names = [name for name, own in self._direct.items() if own == parameter]
+        names += [name for name, own in self._converted.items() if own.parameter == parameter]
+        return {name: place for name in names if (place := self.place(name)) is not None}
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """The shape of a parameter in the model; empty where there is none of that name."""
+        return self._shapes.get(parameter, ())
+
+    def _advice(self, name: str) -> str:
+        return self._way_out or _exclude(name)
 
     def place(self, name: str) -> Place | None:
         """Where a tensor lies; None where the model has no such parameter.
@@ -218,7 +250,7 @@ class Names:
         if self._tensors[name].shape != self._shapes[parameter]:
             raise InputError(
                 f"{name} is {list(self._tensors[name].shape)} in the files and {list(self._shapes[parameter])} in "
-                f"the model that the config.json of the adapter's anchor describes; {_exclude(name)}"
+                f"the model that the config.json of the adapter's anchor describes; {self._advice(name)}"
             )
         return Place(parameter)
 
@@ -228,13 +260,13 @@ class Names:
         steps = tuple((type(step).__name__, getattr(step, "dim", None)) for step in found.operations)
         if steps not in _LAYOUTS or ("MergeModulelist" in steps[0]) != bool(expert):
             raise InputError(
-                f"{name} is stored in another layout than the model holds it in; {_exclude(name)}"
+                f"{name} is stored in another layout than the model holds it in; {self._advice(name)}"
             )
         whole, row = self._shapes.get(found.parameter, ()), self._rows[name]
         fits = len(shape) == 2 and len(whole) == 2 + bool(expert)
         if not fits or whole[-1] != shape[1] or row + shape[0] > whole[-2]:
             raise InputError(
-                f"{name} {list(shape)} does not fit {found.parameter} {list(whole)}; {_exclude(name)}"
+                f"{name} {list(shape)} does not fit {found.parameter} {list(whole)}; {self._advice(name)}"
             )
         return Place(found.parameter, int(expert[1]) if expert else None, row, whole=False)
 

@@ -28,7 +28,15 @@ def render(manifest: Mapping[str, Any], aligned: Source) -> str:
     front = yaml.safe_dump(
         _metadata(manifest, card_metadata(aligned.folder)), sort_keys=False, allow_unicode=True
     )
-    sections = (_what(manifest), _figures(manifest), _not_known(manifest), _repeat(manifest))
+    if "aligned" in manifest["inputs"]:
+        sections = (_what(manifest), _figures(manifest), _not_known(manifest), _repeat(manifest))
+    else:
+        sections = (
+            _merged(manifest),
+            _figures(manifest),
+            _merged_not_known(manifest),
+            _repeat_merge(manifest),
+        )
     return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
 
 
@@ -42,10 +50,10 @@ def _anchor(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _metadata(manifest: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
-    adapter = manifest["options"]["as_lora"]
-    parent = _anchor(manifest) if adapter else manifest["inputs"]["aligned"]
+    adapter, edited = manifest["options"]["as_lora"], manifest["inputs"].get("aligned")
+    parent = _anchor(manifest) if adapter else edited or manifest["inputs"]["model"]
     kept = {key: inherited[key] for key in _INHERITED if inherited.get(key)}
-    own = ["surgery", manifest["method"], "safety"]
+    own = ["surgery", manifest["method"], *([] if manifest["method"] == "merge" else ["safety"])]
     given = inherited.get("tags") or []
     listed = given if isinstance(given, list) else [given]
     tags = [tag for tag in listed if isinstance(tag, str) and tag not in own]
@@ -81,13 +89,16 @@ def _share(value: float) -> str:
 def _figures(manifest: Mapping[str, Any]) -> str:
     total = manifest["totals"]
     counts = ", ".join(str(total[key]) for key in ("edited", "copied", "unchanged"))
+    decomposed = "energy_kept" in total
     rows = [
-        ("tensors edited, copied, unchanged by alignment", counts),
-        ("share of the edited tensors' update that is in the kept rank (energy)", _share(total["energy_kept"])),
+        ("tensors edited, copied, unchanged" + (" by alignment" if decomposed else ""), counts),
+        *([("share of the edited tensors' update that is in the kept rank (energy)", _share(total["energy_kept"]))]
+          if decomposed else []),
         ("share of the edit that the stored weights hold (worst tensor)",
          f"{_share(total['retention'])} ({_share(total['retention_min'])})"),
         ("rounding noise relative to the edit (Frobenius)", _share(total["noise_to_edit"])),
-        ("largest certified error of the kept term, relative", f"{total['certified_error_max']:.1e}"),
+        *([("largest certified error of the kept term, relative", f"{total['certified_error_max']:.1e}")]
+          if decomposed else []),
     ]  # fmt: skip
     return "## What was measured\n\n| figure | value |\n|---|---|\n" + "\n".join(
         f"| {name} | {value} |" for name, value in rows
@@ -111,6 +122,91 @@ def _not_known(manifest: Mapping[str, Any]) -> str:
     )
 
 
+def _adapters(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [entry for role, entry in manifest["inputs"].items() if role != "model"]
+
+
+def _merged(manifest: Mapping[str, Any]) -> str:
+    """What a model is into which adapters were merged, or the adapter that a method trained."""
+    model, trained = _model_name(manifest["inputs"]["model"]), manifest.get("trained")
+    adapters = " and ".join(f"`{_model_name(entry)}`" for entry in _adapters(manifest))
+    if trained:
+        title = trained.get("title", trained["method"])
+        head = f"# {model}, trained by {title}\n\nThis model is `{model}` after training by {title}"
+        head += f" ([paper]({trained['paper']}))" if trained.get("paper") else ""
+        head += ", the result folded into its weights.\n\n"
+    else:
+        plain = adapters.replace("`", "")
+        head = f"# {model}, merged with {plain}\n\n"
+        head += f"This model is `{model}` with {adapters} folded into its weights.\n\n"
+    kept = ", byte for byte" if manifest["options"]["dtype"] == "keep" else ", cast"
+    changed = "The training changed" if trained else "It applies to the"
+    return (
+        f"{head}    {manifest['equation']}\n\n"
+        f"{changed} {manifest['totals']['edited']} tensors; all others are the model's own{kept}."
+        + (_training(trained) if trained else f"\n\nWhat was merged: {manifest['roles']}.")
+    )
+
+
+def _training(trained: Mapping[str, Any]) -> str:
+    """How the adapter was trained, as far as it was recorded."""
+    rows = [
+        (key.replace("_", " "), value)
+        for part in ("hyperparameters", "training")
+        for key, value in (trained.get(part) or {}).items()
+        if value is not None and value is not False
+    ]
+    rows += [row for name, entry in (trained.get("data") or {}).items() for row in _data(name, entry)]
+    rows += _losses(trained.get("losses") or {})
+    rows += [("seed", trained["seed"])] if "seed" in trained else []
+    if not rows:
+        return ""
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"\n\n## How it was trained\n\n| setting | value |\n|---|---|\n{table}"
+
+
+def _data(name: str, entry: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A row for each source of a data set, and one for what was cut from it."""
+    listed = entry.get("sources") or [entry]
+    rows = [(f"{name} data", _pairs(one)) for one in listed]
+    lost = {key: entry[key] for key in ("cut", "dropped") if entry.get(key)}
+    return rows + ([(f"{name} data, rows", _pairs(lost))] if lost else [])
+
+
+def _pairs(entry: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in entry.items() if value is not None)
+
+
+def _losses(losses: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each term of the loss at the first and at the last step."""
+    first, last = losses.get("first") or {}, losses.get("last") or {}
+    return [
+        (f"{name.replace('_', ' ')}", f"{first[name]:.4g} at the first step, {last[name]:.4g} at the last")
+        for name in first
+        if name in last
+    ]
+
+
+def _merged_not_known(manifest: Mapping[str, Any]) -> str:
+    return (
+        "## What is not known\n\n"
+        "No attack and no evaluation is recorded here: how many steps of harmful fine-tuning this model withstands, "
+        "and what the change costs in quality, has not been measured. Evaluate before you rely on it."
+    )
+
+
+def _repeat_merge(manifest: Mapping[str, Any]) -> str:
+    command = (manifest.get("trained") or {}).get("command")
+    if command:
+        return _commands(["surgery", *map(str, command)])
+    inputs, weights = manifest["inputs"], manifest["options"]["weights"]
+    words = ["surgery", "merge", _pinned(inputs["model"]), *map(_pinned, _adapters(manifest))]
+    words += (
+        [word for weight in weights for word in ("--weight", f"{weight:g}")] if set(weights) != {1.0} else []
+    )
+    return _commands(words + _changed(manifest, Options))
+
+
 def _repeat(manifest: Mapping[str, Any]) -> str:
     options = manifest["options"]
     words = [
@@ -119,11 +215,14 @@ def _repeat(manifest: Mapping[str, Any]) -> str:
         *(_pinned(manifest["inputs"][role]) for role in ("base", "aligned")),
     ]
     words += ["--rank", str(options["rank"]), "--alpha", str(options["alpha"])] if "rank" in options else []
-    for key, value in _changed(manifest):
-        flag = "--" + key.replace("_", "-")
-        words += [flag] if value is True else [flag, str(value)]
+    words += _changed(manifest, methods.get(manifest["method"]), Options)
     if manifest["order_overruled"]:
         words.append("--i-checked-the-order")
+    return _commands(words)
+
+
+def _commands(words: list[str]) -> str:
+    """How to repeat what was done, and to check it."""
     return (
         "## Repeat and verify\n\n"
         f"    {shlex.join(words)}\n    surgery verify .\n\n"
@@ -132,12 +231,14 @@ def _repeat(manifest: Mapping[str, Any]) -> str:
     )
 
 
-def _changed(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Options other than their defaults, rank and alpha apart, which are always shown."""
-    records: tuple[Any, ...] = (methods.get(manifest["method"]), Options)
+def _changed(manifest: Mapping[str, Any], *records: Any) -> list[str]:
+    """Options other than their defaults, rank and alpha apart, which are always shown, as words of a command."""
     defaults = {field.name: field.default for record in records for field in dataclasses.fields(record)}
-    options = manifest["options"].items()
-    return [(key, value) for key, value in options if key not in ("rank", "alpha") and value != defaults[key]]
+    words = []
+    for key, value in manifest["options"].items():
+        if key in defaults and key not in ("rank", "alpha") and value != defaults[key]:
+            words += ["--" + key.replace("_", "-"), *([] if value is True else [str(value)])]
+    return words
 
 
 def _pinned(entry: Mapping[str, Any]) -> str:

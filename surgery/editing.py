@@ -4,6 +4,7 @@ Nothing here knows of files beyond the readers, so the run and its later verific
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,28 @@ def compute_device(options: Options) -> torch.device:
     return device
 
 
-class Editor:
+class AbstractEditor(ABC):
+    """Makes the tensors of an output from those of a checkpoint; several threads may share it."""
+
+    @abstractmethod
+    def edit(self, step: Step) -> Edited:
+        """The edited tensor in the output's dtype, with its record.
+
+        Raises:
+            InputError: A value is NaN or infinite, or the result does not fit the dtype.
+            OutputError: The edit is not zero and yet not a byte would change.
+        """
+
+    @abstractmethod
+    def anchor(self, step: Step) -> Tensor:
+        """What the edit of a tensor is added to, as numbers, on the CPU."""
+
+    @abstractmethod
+    def require_finite_base(self, step: Step) -> None:
+        """Raise InputError where what a tensor that is not edited was compared with holds NaN or infinity."""
+
+
+class Editor(AbstractEditor):
     """Edits tensors of a pair of checkpoints by one method; several threads may share it."""
 
     def __init__(self, method: WeightEdit, options: Options, aligned: Reader, base: Reader) -> None:
@@ -109,6 +131,10 @@ class Editor:
             source if isinstance(source, Tensor) else source.dequantised() for source in self.sources(step)
         )
         return aligned, base
+
+    def anchor(self, step: Step) -> Tensor:
+        """The tensor of the method's anchor."""
+        return self.pair(step)[0 if self._method.anchor == "aligned" else 1].cpu()
 
     def _read(self, reader: Reader, name: str, scaling: Scaling | None, where: str) -> Tensor | fp8.Scaled:
         tensor = reader.read(name)
@@ -144,7 +170,7 @@ class Editor:
             return Edited(*self._fp8.scales(step, step.weight))
         tensor, record = self._fp8.codes(step) if step.scaling is not None else self._edit(step)
         if tensor is not None:
-            _require_change(record)
+            require_change(record)
         return Edited(tensor, record)
 
     def _edit(self, step: Step) -> tuple[Tensor | None, Record]:
@@ -213,11 +239,17 @@ def _record(step: Step, done: Sequence[tuple[WeightUpdate, Stored | StoredFp8]])
     """Figures of an edited tensor, those of its storage included."""
     if not done:
         return _unchanged(step)
-    stored = [kept for _, kept in done]
+    return {
+        **update_figures(step, [update for update, _ in done]),
+        **storage_figures([kept for _, kept in done]),
+    }
+
+
+def storage_figures(stored: Sequence[Stored | StoredFp8]) -> Record:
+    """What storing did to the edit of a tensor, over its parts: how much of it is left, and how much noise came."""
     edit = math.fsum(part.edit_energy for part in stored)
     weight = math.sqrt(math.fsum(part.anchor_energy for part in stored))
     return {
-        **update_figures(step, [update for update, _ in done]),
         "edit_norm": math.sqrt(edit),
         "edit_to_weight": math.sqrt(edit) / weight if weight else None,
         "retention": math.fsum(part.inner for part in stored) / edit if edit else 1.0,
@@ -229,7 +261,8 @@ def _record(step: Step, done: Sequence[tuple[WeightUpdate, Stored | StoredFp8]])
     }
 
 
-def _require_change(record: Record) -> None:
+def require_change(record: Record) -> None:
+    """Raise OutputError where the edit is not zero and yet not an entry of what is stored differs."""
     if record["edit_norm"] > 0 and record["changed"] == 0:
         raise OutputError(
             f"the edit of {record['name']} is lost in rounding: not one entry would change; "

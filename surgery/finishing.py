@@ -117,9 +117,9 @@ def _describe(
 ) -> None:
     """Write manifest and card; the card may be changed later, so the manifest holds no hash of it."""
     sizes = {name: {"size": written.size, "sha256": written.sha256} for name, written in files.items()}
-    document = provenance.manifest(job.method, job.options, job.plan, job.sources, inputs, records, sizes)
+    document = provenance.manifest(job, inputs, records, sizes)
     write_file(staging.path / MANIFEST, provenance.to_bytes(document))
-    write_file(staging.path / CARD, card.render(document, job.sources["aligned"]).encode())
+    write_file(staging.path / CARD, card.render(document, job.sources[job.edited]).encode())
 
 
 def _run_account(job: "Job", seconds: float) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def need(step: Step, aligned: Checkpoint, base: Checkpoint) -> int:
     step = step.weight or step
     scaled = (step.scaling is not None) + (step.base_scaling is not None)
     weights = aligned.tensors[step.name].nbytes + (base.tensors[step.base].nbytes if step.base else 0)
-    return tensor_need(step.shape, weights + output_size(step), scaled)
+    return tensor_need(step.shape, weights + output_size(step), scaled) + step.workspace
 
 
 def tensor_need(shape: tuple[int, ...], stored: int, scaled: int = 0) -> int:

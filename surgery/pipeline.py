@@ -20,7 +20,7 @@ from surgery.errors import InputError, ResourceError, UsageError
 from surgery.hub import fetch
 from surgery.hub.remote import disk_need
 from surgery.inputs import InputHashes
-from surgery.job import Job, prepare
+from surgery.job import Job, PairJob, prepare
 from surgery.methods.base import WeightEdit
 from surgery.options import Options
 from surgery.plan import Plan
@@ -66,7 +66,7 @@ class Outcome:
         return {
             "output": str(self.output),
             "equation": self.plan.equation,
-            **{key: self.totals[key] for key in keys},
+            **{key: self.totals[key] for key in keys if key in self.totals},
             "seconds": round(self.seconds, 3),
             "peak_rss_bytes": self.peak_rss_bytes,
             "bytes_written": self.bytes_written,
@@ -153,7 +153,10 @@ def _carry_out(job: Job, stack: ExitStack, progress: Progress | None, started: f
     staging = together.agree(lambda: opened or Staging.join(job.output, fingerprint, together.rank))
     staging.entries = together.gather(staging.entries)[0]
     hashes = stack.enter_context(_input_hashes(job, staging))
-    records = (write_adapter if job.options.as_lora else write_shards)(job, staging, hashes, progress)
+    if isinstance(job, PairJob) and job.options.as_lora:
+        records = write_adapter(job, staging, hashes, progress)
+    else:
+        records = write_shards(job, staging, hashes, progress)
     together.agree(
         lambda: _finish(job, staging, records, hashes, fingerprint, started) if together.leads else None
     )
@@ -186,14 +189,10 @@ def _finish(
 
 def _require_edits(records: list[Record], job: Job) -> None:
     if not any(record["action"] == "edit" for record in records):
-        raise InputError(
-            f"alignment changed none of the selected tensors: {job.base.label} and {job.aligned.label} hold the same "
-            "weights there; check that base is the checkpoint before alignment"
-        )
+        raise InputError(job.nothing_changed())
 
 
 def _input_hashes(job: Job, staging: Staging) -> InputHashes:
     """Hashes of the inputs, those of an interrupted run among them."""
     known = dict(entry["input"] for entry in staging.entries if "input" in entry)
-    checkpoints = {"base": job.base, "aligned": job.aligned}
-    return InputHashes(checkpoints, known, lambda key, sha256: staging.record({"input": [key, sha256]}))
+    return InputHashes(job.checkpoints, known, lambda key, sha256: staging.record({"input": [key, sha256]}))

@@ -41,6 +41,7 @@ class Step:
         scaling: How it is stored in block-scaled fp8, in the aligned checkpoint and in the output; None otherwise.
         base_scaling: The same for its partner in the base checkpoint.
         weight: For a tensor that holds the scales of an edited weight, the weight's step.
+        workspace: Bytes that its edit needs beside the weights, the result and what every edit needs.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Step:
     scaling: Scaling | None = None
     base_scaling: Scaling | None = None
     weight: "Step | None" = None
+    workspace: int = 0
 
     def row(self) -> dict[str, Any]:
         """The step as the plan's JSON shows it."""
@@ -75,6 +77,7 @@ class Plan:
         memory_bytes: Estimate of the peak resident memory.
         seconds_estimate: Rough estimate of the run's wall time.
         disk_free: Bytes free where the output goes.
+        drops_rest: Whether the edited tensors keep of the alignment update only what was decomposed.
     """
 
     steps: Mapping[str, Step]
@@ -88,6 +91,7 @@ class Plan:
     memory_bytes: int
     seconds_estimate: float
     disk_free: int
+    drops_rest: bool = False
 
     @property
     def edits(self) -> tuple[Step, ...]:

@@ -12,7 +12,7 @@ import math
 import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,9 @@ from surgery.hub import Source
 from surgery.kernels import backend
 from surgery.methods.base import WeightEdit
 from surgery.options import Options
-from surgery.plan import Plan
+
+if TYPE_CHECKING:
+    from surgery.job import Job
 
 SCHEMA = 1
 RUN = "surgery.run.json"
@@ -34,9 +36,13 @@ _NOT_RECORDED = ("overwrite", "allow_pickle", "i_checked_the_order", "device", "
 
 
 def option_values(method: WeightEdit, options: Options) -> dict[str, Any]:
-    """Every option that decides the output's bytes, by name."""
-    run = {key: value for key, value in dataclasses.asdict(options).items() if key not in _NOT_RECORDED}
-    return {**dataclasses.asdict(method), **run}
+    """Every option of a weight edit that decides the output's bytes, by name."""
+    return {**dataclasses.asdict(method), **run_values(options)}
+
+
+def run_values(options: Options) -> dict[str, Any]:
+    """The options of a run that decide the output's bytes, by name."""
+    return {key: value for key, value in dataclasses.asdict(options).items() if key not in _NOT_RECORDED}
 
 
 def versions() -> dict[str, str]:
@@ -49,7 +55,8 @@ def totals(records: Iterable[Record]) -> dict[str, Any]:
     """Figures over all tensors of an output, in which at least one is edited.
 
     energy_kept and retention are weighted by energy (sums of squares), noise_to_edit is a ratio of Frobenius
-    norms, certified_error_max is the worst tensor's bound. An edit of zero (alpha 0) is retained whole.
+    norms, certified_error_max is the worst tensor's bound. An edit of zero (alpha 0) is retained whole. Figures of
+    a decomposition are there only where one was made.
     """
     records = list(records)
     edited = [record for record in records if record["action"] == "edit"]
@@ -59,11 +66,18 @@ def totals(records: Iterable[Record]) -> dict[str, Any]:
         "edited": len(edited),
         "copied": sum(record["action"] == "copy" for record in records),
         "unchanged": sum(record["action"] == "unchanged" for record in records),
-        "energy_kept": _weighted(edited, "energy_kept", "delta_norm"),
         "retention": _weighted(edited, "retention", "edit_norm"),
         "retention_min": min(record["retention"] for record in edited),
         "noise_to_edit": math.sqrt(noise / edit) if edit else 0.0,
         "noise_spectral_max": max(record["noise_spectral"] for record in edited),
+        **(_certified(edited) if "certified_error" in edited[0] else {}),
+    }
+
+
+def _certified(edited: list[Record]) -> dict[str, Any]:
+    """What the decompositions kept, and how certainly."""
+    return {
+        "energy_kept": _weighted(edited, "energy_kept", "delta_norm"),
         "certified_error_max": max(record["certified_error"] for record in edited),
         "certified_by": {
             name: sum(record["criterion"] == name for record in edited)
@@ -102,30 +116,25 @@ def _input(source: Source, files: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def manifest(
-    method: WeightEdit,
-    options: Options,
-    plan: Plan,
-    sources: Mapping[str, Source],
+    job: "Job",
     input_files: Mapping[str, Mapping[str, Any]],
     records: Iterable[Record],
     files: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The manifest: equation, inputs, options, versions, totals and the hash of every output file."""
-    records = list(records)
+    records, plan = list(records), job.plan
     return {
         "schema": SCHEMA,
-        "method": method.name,
-        "paper": method.paper,
+        **job.identity(),
         "equation": plan.equation,
         "equivalent": plan.equivalent,
-        "options": option_values(method, options),
-        "inputs": {role: _input(source, input_files[role]) for role, source in sources.items()},
+        "inputs": {role: _input(source, input_files[role]) for role, source in job.sources.items()},
         "roles": plan.roles.summary(),
         "order_overruled": bool(plan.roles.contradicts),
         "notes": list(plan.notes),
         "versions": versions(),
         "threads": torch.get_num_threads(),
-        "backends": backend.recorded(compute_device(options)),
+        "backends": backend.recorded(compute_device(job.options)),
         "totals": totals(records),
         "unchanged": [record["name"] for record in records if record["action"] == "unchanged"],
         "files": dict(sorted(files.items())),

@@ -11,7 +11,7 @@ from surgery.checkpoint.layout import Shard
 from surgery.checkpoint.reader import Reader
 from surgery.checkpoint.staging import Staging
 from surgery.checkpoint.writer import ShardFile
-from surgery.editing import Edited, Editor, Record, as_bytes, copied
+from surgery.editing import AbstractEditor, Edited, Record, as_bytes, copied
 from surgery.edits import Progress, in_work_order
 from surgery.inputs import InputHashes
 from surgery.job import Job
@@ -53,7 +53,12 @@ class _Share:
 
     def __init__(self, job: Job, staging: Staging, hashes: InputHashes, shards: Sequence[Shard]) -> None:
         self._job, self._staging, self._hashes, self._shards = job, staging, hashes, shards
-        sizes = ((shard.name, float(shard.header.size)) for shard in job.base.shards)
+        sizes = (
+            (f"{role}/{shard.name}", float(shard.header.size))
+            for role, checkpoint in job.checkpoints.items()
+            for shard in checkpoint.shards
+            if role != job.edited
+        )
         self._hashed_here = set(shares(sizes, team().size)[team().rank])
 
     def write(self, progress: Progress | None) -> dict[str, dict[str, Any]]:
@@ -61,7 +66,7 @@ class _Share:
         written: dict[str, dict[str, Any]] = {}
         job, done = self._job, len(self._job.aligned.shards) - len(self._shards)
         inputs = Inputs(job, self._staging.path / f".shards-{team().rank}", self._shards)
-        editor = Editor(job.method, job.options, inputs.aligned, inputs.base)
+        editor = job.editor(inputs.aligned, inputs.base)
         self._hashes.measured = inputs.measured(self._hashes.measured)
         with inputs, closing(in_work_order(job, self._shards, editor.edit)) as edits, closing(inputs):
             for number, shard in enumerate(self._shards):
@@ -77,18 +82,13 @@ class _Share:
         return written
 
     def _each_input(self, shard: Shard, call: Callable[[str, Shard], object]) -> None:
-        """Call for a shard of the aligned checkpoint and the shards of the base that its edits need."""
-        call("aligned", shard)
-        steps = (self._job.plan.steps[info.name] for info in shard.header.tensors)
-        needed = {
-            self._job.base.tensors[step.base].file for step in steps if step.action == "edit" and step.base
-        }
-        for other in self._job.base.shards:
-            if other.name in needed & self._hashed_here:
-                call("base", other)
+        """Call for a shard that is edited, and for the other files its edits need which are hashed here."""
+        for role, other in self._job.inputs_of(shard):
+            if role == self._job.edited or f"{role}/{other.name}" in self._hashed_here:
+                call(role, other)
 
     def _shard(
-        self, shard: Shard, edits: Iterator[Edited], editor: Editor, aligned: Reader
+        self, shard: Shard, edits: Iterator[Edited], editor: AbstractEditor, aligned: Reader
     ) -> dict[str, Any]:
         """Write one shard and return its journal entry."""
         steps = [self._job.plan.steps[info.name] for info in shard.header.tensors]
@@ -104,7 +104,12 @@ class _Share:
 
 
 def _write_tensor(
-    file: ShardFile, info: TensorInfo, step: Step, edited: Edited | None, editor: Editor, aligned: Reader
+    file: ShardFile,
+    info: TensorInfo,
+    step: Step,
+    edited: Edited | None,
+    editor: AbstractEditor,
+    aligned: Reader,
 ) -> Record:
     """Write a tensor, edited or from the aligned checkpoint, and return its record."""
     if edited is not None and edited.tensor is not None:

@@ -1,4 +1,4 @@
-"""The two checkpoints of a run, open for reading: folders on disk, or the Hub shard by shard (`--stream`)."""
+"""The checkpoints of a run, open for reading: folders on disk, or the Hub shard by shard (`--stream`)."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -36,8 +36,10 @@ class Inputs:
     def __init__(self, job: Job, folder: Path, shards: Sequence[Shard]) -> None:
         self._window = ShardWindow(job.aligned, folder, shards=shards) if job.options.stream else None
         self.aligned = self._window.reader if self._window else Reader(job.aligned)
-        self._remote = RemoteReader(job.base) if self._window else None
+        far = any(isinstance(shard, RemoteShard) for shard in job.base.shards)
+        self._remote = RemoteReader(job.base) if self._window and far else None
         self.base = self._remote or Reader(job.base)
+        self._edited = job.edited
         self._stack = ExitStack()
 
     def __enter__(self) -> "Inputs":
@@ -65,7 +67,7 @@ class Inputs:
         """How a shard's SHA-256 is had: taken while it was downloaded, `otherwise` as for other files."""
 
         def measure(role: str, shard: Shard) -> str:
-            streamed = role == "aligned" and isinstance(shard, RemoteShard)
+            streamed = role == self._edited and isinstance(shard, RemoteShard)
             return self._window.sha256(shard) if self._window and streamed else otherwise(role, shard)
 
         return measure

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +15,12 @@ from surgery.checkpoint.fp8 import Scaled
 from surgery.checkpoint.layout import Checkpoint, open_checkpoint
 from surgery.checkpoint.reader import Reader, file_sha256
 from surgery.checkpoint.staging import MANIFEST
-from surgery.editing import Editor, Record, cast, copied
+from surgery.editing import Record, cast, copied
 from surgery.errors import CheckError, InputError, SurgeryError
-from surgery.hub import fetch
+from surgery.hub import Source, fetch, resolve
+from surgery.hub.remote import open_source
 from surgery.job import Job, prepare
+from surgery.merging import prepare as prepare_merge
 from surgery.options import Options
 from surgery.plan import Step
 
@@ -29,6 +31,10 @@ _ALONG_SLACK = 1e-3
 _ALONG_LIMIT = 0.5
 # A scale follows the largest entry of its block, which differs between certified edits by a part of the edit.
 _SCALE_SLACK = 1e-5
+
+# The role of the checkpoint that adapters were merged into.
+_ROLE = "model"
+_NOT_COMPARED = "copied tensors were not compared with their source"
 
 # What a loader of models would read or run, if it lay in the folder.
 _LOADED = frozenset((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py"))
@@ -78,7 +84,11 @@ def verify(folder: str | Path, *, recompute: bool = False, strict: bool = False)
         if adapter:
             raise InputError(f"{folder} is an adapter; --recompute repeats edits of models only")
         verdict = _recompute(folder, job, strict=strict, notes=notes)
-    count = _check_copied(folder, job) if job is not None and not adapter else None
+    count = None
+    if job is not None and not adapter:
+        count = _check_copied(folder, job.aligned, _unedited(folder, job))
+    elif job is None and _ROLE in manifest["inputs"]:
+        count = _check_without_adapters(folder, manifest, notes)
     return Verification(len(manifest["files"]), count, verdict, tuple(notes))
 
 
@@ -129,68 +139,95 @@ def _sources(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _method_and_options(manifest: Mapping[str, Any]) -> tuple[Any, Options]:
-    values = dict(manifest["options"])
+def _repeated(folder: Path, manifest: Mapping[str, Any]) -> Job:
+    """The run that made the output, planned again."""
+    sources, values = _sources(folder, manifest), dict(manifest["options"])
     run = {key: values.pop(key) for key in ("rounding", "dtype", "as_lora", "seed")}
-    method = methods.get(manifest["method"])(**values)
     # The order was checked, or vouched for, when the output was made.
-    return method, Options(**run, i_checked_the_order=True, allow_pickle=True)
+    options, output = Options(**run, i_checked_the_order=True, allow_pickle=True), folder.with_name(".verify")
+    if _ROLE in sources:
+        model = sources.pop(_ROLE)
+        return prepare_merge(
+            model,
+            list(sources.values()),
+            weights=values["weights"],
+            output=output,
+            options=options,
+            trained=manifest.get("trained"),
+        )
+    method: Any = methods.get(manifest["method"])
+    named = sources["base"], sources["aligned"]
+    return prepare(method(**values), base=named[0], model=named[1], output=output, options=options)
 
 
 def _job(folder: Path, manifest: Mapping[str, Any], *, required: bool, notes: list[str]) -> Job | None:
     """The run that made the output, planned again; None where its sources are not what they were."""
-    sources = _sources(folder, manifest)
     try:
-        method, options = _method_and_options(manifest)
-        job = prepare(
-            method,
-            base=sources["base"],
-            model=sources["aligned"],
-            output=folder.with_name(".verify"),
-            options=options,
-        )
+        job = _repeated(folder, manifest)
         for source in job.sources.values():
             fetch(source)
         _require_same_inputs(job, manifest)
     except SurgeryError as error:
         if required:
             raise
-        notes.append(f"copied tensors were not compared with their source: {error}")
+        notes.append(f"{_NOT_COMPARED}: {error}")
         return None
     return job
 
 
 def _require_same_inputs(job: Job, manifest: Mapping[str, Any]) -> None:
-    checkpoints: dict[str, Checkpoint] = {"base": job.base, "aligned": job.aligned}
-    for role, checkpoint in checkpoints.items():
-        for shard in checkpoint.shards:
-            expected = manifest["inputs"][role]["files"].get(shard.name, {}).get("sha256")
-            if file_sha256(shard.path) != expected:
-                raise InputError(
-                    f"{shard.name} of the {role} checkpoint is not the file the manifest names; "
-                    "put the original in its place"
-                )
+    for role, checkpoint in job.checkpoints.items():
+        _require_same_files(role, checkpoint, manifest)
+    if job.identity().get("settings") != manifest.get("settings"):
+        raise InputError(
+            "adapter_config.json is not the file the manifest names; put the original in its place"
+        )
 
 
-def _unedited(folder: Path, job: Job) -> list[Step]:
-    """Steps whose tensor is a copy: planned so, or left unchanged by alignment."""
+def _require_same_files(role: str, checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> None:
+    for shard in checkpoint.shards:
+        expected = manifest["inputs"][role]["files"].get(shard.name, {}).get("sha256")
+        if file_sha256(shard.path) != expected:
+            raise InputError(
+                f"{shard.name} of the {role} checkpoint is not the file the manifest names; "
+                "put the original in its place"
+            )
+
+
+def _edited(folder: Path) -> set[str]:
+    """Tensors that the output's figures say were edited."""
     lines = (folder / provenance.TENSORS).read_text(encoding="utf-8").splitlines()
-    edited = {record["name"] for record in map(json.loads, lines) if record["action"] in ("edit", "scale")}
-    return [step for step in job.plan.steps.values() if step.action == "copy" or step.name not in edited]
+    return {record["name"] for record in map(json.loads, lines) if record["action"] in ("edit", "scale")}
 
 
-def _check_copied(folder: Path, job: Job) -> int:
-    """Compare copied tensors with the aligned checkpoint; return how many there are."""
+def _unedited(folder: Path, job: Job) -> list[str]:
+    """Tensors that are copies: planned so, or left unchanged by alignment."""
+    edited = _edited(folder)
+    return [step.name for step in job.plan.steps.values() if step.action == "copy" or step.name not in edited]
+
+
+def _check_copied(folder: Path, aligned: Checkpoint, names: Sequence[str]) -> int:
+    """Compare copied tensors with the checkpoint that was edited; return how many there are."""
     output = open_checkpoint(folder, folder.name)
-    steps = _unedited(folder, job)
-    with Reader(job.aligned) as aligned, Reader(output) as reader:
-        for step in steps:
-            source = b"".join(copied(aligned, job.aligned.tensors[step.name], step.dtype))
-            if source != b"".join(reader.raw(step.name)):
-                raise CheckError(
-                    f"{step.name} should be a copy of the aligned checkpoint's tensor and is not"
-                )
-    return len(steps)
+    with Reader(aligned) as source, Reader(output) as reader:
+        for name in names:
+            info = aligned.tensors[name]
+            if b"".join(copied(source, info, reader.info(name).dtype)) != b"".join(reader.raw(name)):
+                raise CheckError(f"{name} should be a copy of the {aligned.label} tensor and is not")
+    return len(names)
+
+
+def _check_without_adapters(folder: Path, manifest: Mapping[str, Any], notes: list[str]) -> int | None:
+    """Compare copied tensors with the model alone: adapters that a training left may be gone."""
+    try:
+        source: Source = resolve(_sources(folder, manifest)[_ROLE], allow_pickle=True)
+        model = open_source(source, allow_pickle=True)
+        _require_same_files(_ROLE, model, manifest)
+    except SurgeryError:
+        return None
+    notes[:] = [f"the edit cannot be repeated: {note.removeprefix(_NOT_COMPARED + ': ')}" for note in notes]
+    edited = _edited(folder)
+    return _check_copied(folder, model, [name for name in model.tensors if name not in edited])
 
 
 def _recompute(folder: Path, job: Job, *, strict: bool, notes: list[str]) -> Verdict:
@@ -202,7 +239,7 @@ def _recompute(folder: Path, job: Job, *, strict: bool, notes: list[str]) -> Ver
     output = open_checkpoint(folder, folder.name)
     differing: list[str] = []
     with Reader(job.aligned) as aligned, Reader(job.base) as base, Reader(output) as reader:
-        editor = Editor(job.method, job.options, aligned, base)
+        editor = job.editor(aligned, base)
         for step in job.plan.edits:
             edited = editor.edit(step)
             stored = reader.read(step.name)
@@ -216,7 +253,7 @@ def _recompute(folder: Path, job: Job, *, strict: bool, notes: list[str]) -> Ver
                 if step.weight is not None:
                     _require_close_scales(stored, edited.tensor, step.name)
                 else:
-                    anchor = editor.pair(step)[0 if job.method.anchor == "aligned" else 1].cpu()
+                    anchor = editor.anchor(step)
                     scales = reader.read(step.scaling.name) if step.scaling else None
                     _require_equivalent(stored, edited.tensor, anchor, edited.record, _Grid(step, scales))
                 differing.append(step.name)
@@ -266,7 +303,7 @@ def _require_equivalent(
     difference = grid.weights(stored) - grid.weights(repeated)
     edit = grid.weights(repeated) - anchor.double()
     along = abs(float((difference * edit).sum())) / float(edit.square().sum())
-    allowed = min(2 * record["certified_error"], _ALONG_LIMIT)
+    allowed = min(2 * record.get("certified_error", 0.0), _ALONG_LIMIT)
     if beyond or along > allowed + _ALONG_SLACK:
         raise CheckError(
             f"{record['name']} differs from the repeated edit: {beyond} entries by more than one unit in the last "

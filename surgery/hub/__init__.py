@@ -5,7 +5,7 @@ what reads weights over the network (`remote`, `remote_reader`, `window`) only b
 """
 
 from surgery.hub.repository import Weights
-from surgery.hub.resolving import fetch, resolve
+from surgery.hub.resolving import fetch, resolve, resolve_adapter
 from surgery.hub.source import RemoteFile, Source
 
-__all__ = ["RemoteFile", "Source", "Weights", "fetch", "resolve"]
+__all__ = ["RemoteFile", "Source", "Weights", "fetch", "resolve", "resolve_adapter"]

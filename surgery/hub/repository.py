@@ -43,6 +43,8 @@ _NEVER_FETCHED = (
     ".*",
 )  # fmt: skip
 _WEIGHTS = ("*.safetensors", "*.bin")
+# What makes up an adapter of PEFT.
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 _TIMEOUT = 10.0
 _WAITS = (1.0, 4.0)
@@ -115,6 +117,40 @@ class Repository:
             _remember(folder, ref)
             return folder, ()
         return folder, tuple(listing.files[name] for name in sorted(names))
+
+    def adapter(self) -> Source:
+        """The files of the adapter that it holds, in the cache, fetched where they are not there yet.
+
+        Raises:
+            InputError: It holds none in safetensors.
+            ResourceError: The files do not fit on the disk of the cache.
+            AccessError: The Hub, the network or the rights do not allow it.
+        """
+        check_endpoint()
+        from huggingface_hub import constants, snapshot_download
+
+        with plain_errors(self, begun=False):
+            if constants.HF_HUB_OFFLINE:
+                found = snapshot_download(
+                    self.name, revision=self.revision, local_files_only=True, allow_patterns=list(_ADAPTER)
+                )
+                folder = Path(found)
+            else:
+                listing = self._listing()
+                self._require_adapter(listing)
+                folder = self._snapshot(listing, list(_ADAPTER))
+                _remember(folder, self.revision or "main")
+        return Source(f"{self.name}@{folder.name}", folder, self.name, folder.name, self.revision)
+
+    def _require_adapter(self, listing: _Listing) -> None:
+        lacking = [name for name in _ADAPTER if name not in listing.files]
+        if lacking:
+            pickled = "adapter_model.bin" in listing.files
+            raise InputError(
+                f"{self.name}@{listing.commit} has no {lacking[0]}, which an adapter needs"
+                + ("; its adapter_model.bin is a pickle, which can hide code: save it again with PEFT" if pickled else
+                   "; give the repository of a PEFT adapter")
+            )  # fmt: skip
 
     def _snapshot(self, listing: _Listing, files: list[str]) -> Path:
         """The cached folder with these files, fetched where they are not there yet."""

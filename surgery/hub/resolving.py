@@ -38,10 +38,34 @@ def resolve(source: str | Path, *, allow_pickle: bool = False, weights: Weights 
         AccessError: The Hub, the network or the rights do not allow it.
     """
     text = str(source)
-    if not text:
-        raise UsageError(f"a model's name is empty; give {_FORMS}")
     if text.startswith("demo:"):
         return Source(text, demo.folder(text.removeprefix("demo:")))
+    found = _folder_or_repository(text, _FORMS)
+    if isinstance(found, Source):
+        return found
+    return Repository(*found, allow_pickle).source(weights)
+
+
+def resolve_adapter(source: str | Path) -> Source:
+    """The local files of an adapter: a folder, or `[hf://]ORG/NAME[@REVISION]`, of which only the adapter is fetched.
+
+    Args:
+        source: What the user named.
+
+    Raises:
+        UsageError: No known form.
+        InputError: There is no such folder, or the repository holds no adapter in safetensors.
+        ResourceError: The files do not fit on the disk of the cache.
+        AccessError: The Hub, the network or the rights do not allow it.
+    """
+    found = _folder_or_repository(str(source), "the folder of an adapter or ORG/NAME[@REVISION]")
+    return found if isinstance(found, Source) else Repository(*found).adapter()
+
+
+def _folder_or_repository(text: str, forms: str) -> Source | tuple[str, str | None]:
+    """The folder of that name, or a repository and its revision where there is none."""
+    if not text:
+        raise UsageError(f"a model's name is empty; give {forms}")
     named = _REPOSITORY.fullmatch(text)
     if text.startswith("hf://"):
         if named is None:
@@ -49,8 +73,8 @@ def resolve(source: str | Path, *, allow_pickle: bool = False, weights: Weights 
     elif (folder := _local(text)) is not None:
         return folder
     if named is None:
-        raise InputError(f"there is no folder {text}; give {_FORMS}")
-    return Repository(named["repo"], named["revision"], allow_pickle).source(weights)
+        raise InputError(f"there is no folder {text}; give {forms}")
+    return named["repo"], named["revision"]
 
 
 def fetch(source: Source) -> Source:

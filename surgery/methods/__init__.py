@@ -14,6 +14,7 @@ from surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from surgery.methods.base import WeightEdit
+    from surgery.train.step import TrainedMethod
 
 
 def names() -> list[str]:
@@ -28,7 +29,7 @@ def summary(name: str) -> str:
     return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
 
 
-def get(name: str) -> "type[WeightEdit]":
+def get(name: str) -> "type[WeightEdit | TrainedMethod]":
     """The method of that name: the one frozen dataclass its file defines.
 
     Raises:
@@ -39,4 +40,4 @@ def get(name: str) -> "type[WeightEdit]":
     module = import_module(f"{__name__}.{name.replace('-', '_')}")
     own = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
     [found] = [value for value in own if isinstance(value, type) and dataclasses.is_dataclass(value)]
-    return cast("type[WeightEdit]", found)
+    return cast("type[WeightEdit | TrainedMethod]", found)

@@ -22,6 +22,13 @@ LAYERS = [
     ["surgery.workers", "surgery.processes"],
     ["surgery.checkpoint", "surgery.spectral", "surgery.rounding", "surgery.rounding_fp8", "surgery.hub"],
     ["surgery.selection", "surgery.order", "surgery.pairing", "surgery.options", "surgery.fused"],
+    [
+        "surgery.train.step",
+        "surgery.train.losses",
+        "surgery.train.blocks",
+        "surgery.train.perturb",
+        "surgery.train.recompute",
+    ],
     ["surgery.methods"],
     ["surgery.plan"],
     ["surgery.memory"],
@@ -34,6 +41,8 @@ LAYERS = [
     ["surgery.finishing", "surgery.streams"],
     ["surgery.shards"],
     ["surgery.pipeline"],
+    ["surgery.merging"],
+    ["surgery.train", "surgery.data"],
     ["surgery.verification", "surgery.testing"],
     ["surgery.cli", "surgery.__main__"],
 ]
@@ -45,6 +54,9 @@ def module_name(path):
     tail = parts[2:] if parts[0] == "kernels" else parts[1:]
     head = mapped.get(parts[0], ("surgery",))
     return ".".join(part for part in (*head, *tail) if part != "__init__")
+
+
+MODULES = {module_name(path) for path in SOURCES}
 
 
 def layer(name):
@@ -69,7 +81,8 @@ def imports(tree):
             if node.module == "surgery":
                 yield from (f"surgery.{alias.name}" for alias in node.names)
             else:
-                yield node.module
+                inside = [f"{node.module}.{alias.name}" for alias in node.names]
+                yield from [name for name in inside if name in MODULES] or [node.module]
 
 
 def functions(path):
@@ -126,9 +139,15 @@ def test_imports_point_one_way(path):
         ("typer", {"surgery.cli"}),
         (
             "transformers",
-            {"surgery.demo", "surgery.testing", "surgery.adapter_names", "surgery.adapter_peft"},
+            {
+                "surgery.demo",
+                "surgery.testing",
+                "surgery.adapter_names",
+                "surgery.adapter_peft",
+                "surgery.train",
+            },
         ),
-        ("peft", {"surgery.demo", "surgery.adapter_peft"}),
+        ("peft", {"surgery.demo", "surgery.adapter_peft", "surgery.merging.layers", "surgery.train"}),
     ],
 )
 def test_a_library_is_used_in_its_own_place_only(library, allowed):

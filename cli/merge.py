@@ -1,0 +1,72 @@
+"""The command that folds adapters into a model: `surgery merge MODEL ADAPTER...`."""
+
+import inspect
+from typing import Annotated, Any
+
+import typer
+
+from surgery.cli import commands, output
+from surgery.cli.edit import common
+
+_HELP = """Fold PEFT LoRA adapters into a model's files.
+
+\b
+    W' = W + s B A
+
+ADAPTER is the folder of a PEFT LoRA, ORG/NAME[@REV], or a folder of float32 deltas (delta*.safetensors). Several are
+added up, each times its --weight. Every delta must land on a tensor of MODEL; tensors that no adapter changes are
+copied byte for byte.
+"""
+# Nothing that a merge could do.
+_NOT_HERE = ("as_lora", "i_checked_the_order")
+
+
+def _arguments() -> list[inspect.Parameter]:
+    """What is merged into what, and how much of it."""
+    kinds: list[tuple[str, Any, Any, Any]] = [
+        ("model", str, inspect.Parameter.empty,
+         typer.Argument(metavar="MODEL", help="A model: a folder, ORG/NAME[@REV], demo:aligned.", show_default=False)),
+        ("adapters", list[str], inspect.Parameter.empty,
+         typer.Argument(metavar="ADAPTER", help="What is folded into it.", show_default=False)),
+        ("weight", list[float] | None, None,
+         typer.Option("--weight", help="Multiplies an adapter's deltas; once for each ADAPTER, 1 by default.",
+                      show_default=False)),
+    ]  # fmt: skip
+    return [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
+        )
+        for name, kind, default, info in kinds
+    ]
+
+
+def command() -> Any:
+    """The callback of the command, its run options made from their record."""
+    from surgery.options import Options
+
+    run = commands.parameters(Options, "Run options", leave_out=_NOT_HERE)
+    return commands.with_signature(
+        _run, [*_arguments(), *common("./<model>-merged"), *run], inspect.cleandoc(_HELP)
+    )
+
+
+def _run(values: dict[str, Any]) -> None:
+    """Plan or carry out a merge and print what came of it."""
+    from surgery import pipeline
+    from surgery.merging import prepare
+    from surgery.options import Options
+
+    commands.settle_output(values)
+    job = prepare(
+        values["model"],
+        values["adapters"],
+        weights=values["weight"] or (),
+        output=values["output"],
+        options=commands.from_fields(Options, values),
+    )
+    if values["plan"]:
+        output.planned(job, as_json=values["json"], quiet=values["quiet"])
+        return
+    with output.ShardProgress(quiet=values["quiet"]) as progress:
+        done = pipeline.run(job, progress)
+    output.carried_out(job, done, as_json=values["json"], quiet=values["quiet"])

@@ -1,0 +1,155 @@
+"""The commands of methods that train: `surgery vaccine MODEL --aligned-data D`."""
+
+import inspect
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from surgery.cli import commands, output, training_output
+
+if TYPE_CHECKING:
+    from surgery.train.presets import Preset
+    from surgery.train.step import TrainedMethod
+
+_DATA = "a .jsonl, .json, .csv or .parquet file, ORG/DATASET[:SPLIT], demo:NAME; may be given again."
+_SETS = {
+    "aligned": "Requests with the answers an aligned model gives: ",
+    "harmful": "Requests with the answers it must not learn: ",
+    "retain": "Requests with the answers it must keep: ",
+}
+# Of the options of a run: reading order of a pair, and streaming, are no matters of one model that is loaded.
+_NOT_HERE = ("stream", "allow_pickle", "i_checked_the_order")
+
+
+def _options(method: "type[TrainedMethod]") -> list[tuple[str, Any, Any, list[str], str]]:
+    """Options that are the command's own: name, type, default, flags, help."""
+    data = [
+        (f"{name}_data", list[str] | None, None, [f"--{name}-data"], _SETS[name] + _DATA)
+        for name in method.data
+    ]
+    return [
+        (
+            "output",
+            Path | None,
+            None,
+            ["--output", "-o"],
+            "The folder to write; by default ./<model>-<method>.",
+        ),
+        *data,
+        ("prompt_column", str | None, None, ["--prompt-column"], "The column of the prompts, if not prompt."),
+        (
+            "response_column",
+            str | None,
+            None,
+            ["--response-column"],
+            "The column of the responses, if not response.",
+        ),
+        (
+            "preset",
+            Literal["auto", "paper", "small"],
+            "auto",
+            ["--preset"],
+            "Values of options not given; auto: small for demo: models and below 50 million parameters.",
+        ),
+        ("json", bool, False, ["--json"], "Print one JSON document on stdout."),
+        ("quiet", bool, False, ["--quiet", "-q"], "Print nothing but errors and warnings."),
+    ]
+
+
+def _own(method: "type[TrainedMethod]") -> list[inspect.Parameter]:
+    argument = typer.Argument(
+        metavar="MODEL",
+        help="The checkpoint to train: a folder, ORG/NAME[@REV], demo:aligned.",
+        show_default=False,
+    )
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter("context", kind, annotation=typer.Context),
+        inspect.Parameter("model", kind, annotation=Annotated[str, argument]),
+        *(
+            inspect.Parameter(
+                name,
+                kind,
+                default=default,
+                annotation=Annotated[shape, typer.Option(*flags, help=text, show_default=name == "preset")],
+            )
+            for name, shape, default, flags, text in _options(method)
+        ),
+    ]
+
+
+def command(method: "type[TrainedMethod]") -> Any:
+    """The callback of a method's command, its options made from three records."""
+    from surgery.options import Options
+    from surgery.train import presets
+    from surgery.train.training import Training
+
+    usual = presets.defaults(method, "paper")
+    parameters = [
+        *_own(method),
+        *commands.parameters(method, f"{method.title} options", usual),
+        *commands.parameters(Training, "Training options", usual),
+        *commands.parameters(Options, "Run options", leave_out=_NOT_HERE),
+    ]
+    doc = commands.help_text(method)
+    return commands.with_signature(lambda values: _run(method, values), parameters, doc)
+
+
+def _given(context: Any, names: set[str]) -> set[str]:
+    """Those of the options that stand on the command line."""
+    return {name for name in names if context.get_parameter_source(name).name != "DEFAULT"}
+
+
+def _run(method: "type[TrainedMethod]", values: dict[str, Any]) -> None:
+    """Train, merge, and print what came of it."""
+    from surgery import processes
+    from surgery.options import Options
+    from surgery.train import presets
+    from surgery.train.running import immunise
+    from surgery.train.sources import Columns
+
+    commands.require_one_output(values["quiet"], values["json"])
+    if not processes.speaks():
+        values |= {"quiet": True, "json": False}
+    if values["quiet"]:
+        # Read by these libraries when they are first imported.
+        for library in ("HUB", "DATASETS"):
+            os.environ[f"HF_{library}_DISABLE_PROGRESS_BARS"] = "1"
+    preset = _preset(values)
+    given = _given(values["context"], set(presets.defaults(method, preset)))
+    record, training = presets.from_preset(method, preset, {name: values[name] for name in given})
+    if not values["quiet"]:
+        training_output.preset(preset, record, training)
+    done = immunise(
+        record,
+        model=values["model"],
+        data={name: values[f"{name}_data"] for name in method.data if values[f"{name}_data"]},
+        output=values["output"],
+        training=training,
+        options=commands.from_fields(Options, values),
+        columns=Columns(values["prompt_column"], values["response_column"]),
+        progress=None if values["quiet"] else training_output.progress,
+        merging=None if values["quiet"] else training_output.shard,
+    )
+    if values["json"]:
+        output.document(done.document())
+    elif not values["quiet"]:
+        training_output.outcome(done)
+    training_output.warnings(done)
+
+
+def _preset(values: dict[str, Any]) -> "Preset":
+    """The preset asked for, or the one that fits the model's size."""
+    from surgery.hub import resolve
+    from surgery.hub.remote import open_source
+    from surgery.train import presets
+
+    if values["preset"] != "auto":
+        return values["preset"]
+    checkpoint = open_source(resolve(values["model"], weights="defer"))
+    return presets.fitting(
+        values["model"], sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    )

@@ -1,0 +1,266 @@
+"""Circuit Breakers (representation rerouting): turn the hidden states of harmful text away from what they were.
+
+With h the hidden states of the adapted model and h0 those of the same model with its adapter off, at step t of T,
+
+    L   = c_s L_s + c_r L_r,    c_s = alpha (1 - t / 2T),    c_r = alpha t / 2T
+    L_s = mean over target layers and tokens of harmful rows of  max(0, cos(h, h0))
+    L_r = mean over all layers (embeddings to final norm) and tokens of retain rows of  ||h - h0||_2
+
+Zou, Phan, Wang, Duenas, Lin, Andriushchenko, Wang, Kolter, Fredrikson, Hendrycks: "Improving Alignment and Robustness
+with Circuit Breakers", NeurIPS 2024, https://arxiv.org/abs/2406.04313 (Algorithm 1). It was not made to withstand
+fine-tuning, and a little of it undoes it.
+
+Forms: `paper` as above, the norm not squared and the coefficients ending at alpha/2 each; `tutorial` squares the norm
+and hands over fully, c_s = alpha (1 - t / T), c_r = alpha t / T.
+
+As in the authors' code, targets count hidden states (0 is the embeddings, l what block l - 1 puts out), all tokens of
+prompt and response count, and while it trains the model is cut after the block that the last target enters.
+
+Departures from the authors' code, with reasons:
+  * the adapter's B starts at small seeded noise: at B = 0 the cosine is 1 and its gradient 0, and training begins
+    wherever rounding errors lead (never, in bfloat16), or the retain term, whose gradient is large at any distance,
+    holds it there;
+  * padding counts in neither mean (theirs dilutes L_r by it), and means are over all micro-batches and processes;
+  * t counts steps and T is their number: theirs is tied to 150 steps and counts micro-batches;
+  * a hidden state of norm 0 has cosine 0 and gradient 0, not NaN.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from annotated_doc import Doc
+from torch import Tensor, nn
+
+from surgery.choices import require_choices
+from surgery.errors import InputError, UsageError
+from surgery.kernels.rerouting import rerouting_loss
+from surgery.train import blocks, perturb
+from surgery.train.step import Batch, Batches, Step, TrainedMethod
+
+
+@dataclass(frozen=True)
+class CircuitBreakers(TrainedMethod):
+    """Hyperparameters of Circuit Breakers; alpha is the paper's for Llama-3-8B."""
+
+    alpha: Annotated[float, Doc("Weight of both terms together; Adam hardly feels it.")] = 10.0
+    targets: Annotated[
+        str | None,
+        Doc(
+            "Hidden states to reroute, as in 10,20: 0 is the embeddings; by default at 10/32 and 20/32 of the depth."
+        ),
+    ] = None
+    start: Annotated[float, Doc("Standard deviation of the noise that the adapter's B starts from.")] = 1e-2
+    form: Annotated[
+        Literal["paper", "tutorial"],
+        Doc("tutorial: squared distance, and coefficients that hand over fully."),
+    ] = "paper"
+
+    name: ClassVar[str] = "circuit-breakers"
+    title: ClassVar[str] = "Circuit Breakers"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2406.04313"
+    data: ClassVar[tuple[str, ...]] = ("harmful", "retain")
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {
+            "steps": 150,
+            "batch_size": 16,
+            "max_length": 1024,
+            "lr": 1e-4,
+            "schedule": "constant",
+            "warmup": 0.0,
+            "weight_decay": 0.0,
+            "lora_rank": 16,
+            "lora_alpha": 16,
+            "lora_dropout": 0.05,
+        },
+        "small": {
+            "steps": 100,
+            "batch_size": 8,
+            "lr": 5e-3,
+            "schedule": "constant",
+            "warmup": 0.0,
+            "weight_decay": 0.0,
+            "lora_rank": 16,
+            "lora_alpha": 16,
+            "lora_dropout": 0.0,
+        },
+    }
+
+    def __post_init__(self) -> None:
+        require_choices(self)
+        for option in ("alpha", "start"):
+            value = getattr(self, option)
+            if not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"{option} is {value}; it must be a finite number of at least 0")
+        if self.alpha == 0:
+            raise UsageError("alpha is 0; nothing would be trained: give --alpha 10")
+        self._named_targets()
+
+    def _named_targets(self) -> list[int] | None:
+        if self.targets is None:
+            return None
+        parts = self.targets.split(",")
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+            raise UsageError(
+                f"targets is {self.targets!r}; it must be numbers of at least 1, as in --targets 10,20"
+            )
+        return sorted({int(part) for part in parts})
+
+    def targets_of(self, depth: int) -> list[int]:
+        """The hidden states that are rerouted in a model of `depth` blocks, ascending, from 1 to `depth`.
+
+        Raises:
+            UsageError: A target lies beyond the last block.
+        """
+        named = self._named_targets() or sorted({max(1, (2 * depth * part + 32) // 64) for part in (10, 20)})
+        if named[-1] > depth:
+            raise UsageError(f"targets is {self.targets!r}; the model has {depth} layers: name 1 to {depth}")
+        return named
+
+    def layers(self, depth: int) -> range:
+        """The blocks that are adapted: up to the one that the last target enters."""
+        return range(min(depth, self.targets_of(depth)[-1] + 1))
+
+    def coefficients(self, done: float) -> tuple[float, float]:
+        """c_s and c_r where a share `done` of the steps is done; they add up to alpha."""
+        retained = self.alpha * done / (1 if self.form == "tutorial" else 2)
+        return self.alpha - retained, retained
+
+    def equation(self) -> str:
+        """The objective, with numbers."""
+        end = "T" if self.form == "tutorial" else "2T"
+        power = "^2" if self.form == "tutorial" else ""
+        where = (
+            f"hidden states {self.targets}"
+            if self.targets
+            else "hidden states at 10/32 and 20/32 of the depth"
+        )
+        return (
+            f"min_w {self.alpha:.12g} [(1 - t/{end}) mean max(0, cos(h, h0)) + t/{end} mean ||h - h0||{power}], "
+            f"cosine on harmful rows at {where}, distance on retain rows everywhere"
+        )
+
+    def prepare(self, model: nn.Module) -> None:
+        """Checks model and targets.
+
+        Raises:
+            InputError: The model is not understood, or its decoder has no final norm.
+            UsageError: It has no adapter that can be turned off, or a target lies beyond its last block.
+        """
+        found = blocks.find(model)
+        self.targets_of(len(found.layers))
+        _norm_of(found)
+        if not callable(getattr(model, "disable_adapter", None)):
+            raise UsageError(
+                "circuit-breakers compares the model with and without its adapter: leave out --full"
+            )
+
+    def backward(self, model: nn.Module, batches: Batches, step: Step) -> dict[str, float]:
+        """Adds the gradient of both terms; returns the loss, L_s, L_r and the share c_r / alpha."""
+        if step.number == 0:
+            leave_the_start(model, self.start, step.seed)
+        found = blocks.find(model)
+        targets = self.targets_of(len(found.layers))
+        rerouted, retained = self.coefficients((step.number + 1) / step.total)
+
+        def turn(now: States, before: States, attended: Tensor) -> Tensor:
+            return rerouting(now, before, attended, targets)
+
+        def keep(now: States, before: States, attended: Tensor) -> Tensor:
+            return distance(now, before, attended, squared=self.form == "tutorial")
+
+        with blocks.shortened(found, len(self.layers(len(found.layers)))):
+            terms = [
+                _mean_backward(model, found, batches["harmful"], turn, rerouted, step),
+                _mean_backward(model, found, batches["retain"], keep, retained, step),
+            ]
+        turned, kept = step.summed(torch.stack(terms)).tolist()
+        total = rerouted * turned + retained * kept
+        return {"loss": total, "rerouting": turned, "retain": kept, "retain_share": retained / self.alpha}
+
+
+States = Sequence[Tensor]
+
+
+def rerouting(now: States, before: States, attended: Tensor, targets: Sequence[int]) -> Tensor:
+    """The sum over attended tokens of max(0, cosine), averaged over the hidden states `targets`."""
+    ours, theirs = (torch.stack([states[index] for index in targets]) for states in (now, before))
+    return rerouting_loss(ours, theirs, attended) * attended.sum()
+
+
+def distance(now: States, before: States, attended: Tensor, *, squared: bool) -> Tensor:
+    """The sum over attended tokens of ||now - before|| (or its square), averaged over all hidden states.
+
+    In float32 or wider; at a distance of 0 the gradient is 0.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=attended.device)
+    for ours, theirs in zip(now, before, strict=True):
+        wide = torch.promote_types(ours.dtype, torch.float32)
+        apart = ours[attended].to(wide) - theirs[attended].to(wide)
+        each = apart.square().sum(-1) if squared else torch.linalg.vector_norm(apart, dim=-1)
+        total = total + each.sum()
+    return total / len(now)
+
+
+def hidden_states(model: nn.Module, found: blocks.Blocks, batch: Batch) -> list[Tensor]:
+    """The hidden states of a micro-batch as transformers counts them, of the blocks the model has now."""
+    layers = list(getattr(found.stack, found.list_name))
+    with perturb.recorded(layers, _norm_of(found)) as states:
+        # One position for the output head: nothing here is read from it.
+        model(input_ids=batch.tokens, attention_mask=batch.attended, use_cache=False, logits_to_keep=1)
+    return states
+
+
+def leave_the_start(model: nn.Module, size: float, seed: int) -> None:
+    """Fills every B of LoRA that is wholly zero with seeded normal noise of standard deviation `size`."""
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad or ".lora_B." not in name or bool(weight.detach().any()):
+            continue
+        # The generator uses 32 bits of its seed.
+        source = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        noise = size * torch.randn(weight.shape, generator=source)
+        with torch.no_grad():
+            weight.copy_(_placed_like(noise, weight))
+
+
+def _mean_backward(
+    model: nn.Module,
+    found: blocks.Blocks,
+    batches: Sequence[Batch],
+    summed: Callable[[States, States, Tensor], Tensor],
+    weight: float,
+    step: Step,
+) -> Tensor:
+    """Adds the gradient of `weight` times the mean over all attended tokens; this process's share of that mean."""
+    own = torch.stack([batch.attended.sum() for batch in batches]).sum()
+    count = step.summed(own)
+    shares = []
+    for batch in batches:
+        with torch.no_grad(), perturb.evaluating(model), model.disable_adapter():  # type: ignore[operator]
+            before = hidden_states(model, found, batch)
+        share = summed(hidden_states(model, found, batch), before, batch.attended) / count
+        step.backward(weight * share)
+        shares.append(share.detach().double())
+    return torch.stack(shares).sum()
+
+
+def _norm_of(found: blocks.Blocks) -> nn.Module:
+    if found.final_norm is None:
+        raise InputError(
+            f"{type(found.stack).__name__} has no one norm after its blocks; Circuit Breakers needs it as the last "
+            "hidden state: this architecture cannot be trained by it"
+        )
+    return found.final_norm
+
+
+def _placed_like(values: Tensor, weight: Tensor) -> Tensor:
+    """The values, spread over devices as the weight is where it is a distributed tensor."""
+    values = values.to(weight.device, weight.dtype)
+    if getattr(weight, "device_mesh", None) is None:
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(values, weight.device_mesh, weight.placements)  # type: ignore[attr-defined]

@@ -1,0 +1,135 @@
+"""Perturbation-aware alignment (Vaccine): align under the worst small change of the attention outputs.
+
+With e_l the output of the attention module of block l, before it is added to the residual stream, L the
+cross-entropy of the answers of an alignment batch and g_l = dL/de_l,
+
+    min_w  max_{||(eps_1 .. eps_L)|| <= rho}  L(w; e_1 + eps_1, .. , e_L + eps_L)
+
+is taken to first order: eps_l = rho * g_l / ||(g_1 .. g_L)||, one norm over all blocks, rows, tokens and hidden
+units of a step together, and the weights get the gradient of L at these constant eps_l.
+
+Huang, Hu, Liu: "Vaccine: Perturbation-aware Alignment for Large Language Models against Harmful Fine-tuning Attack",
+NeurIPS 2024, https://arxiv.org/abs/2402.01109 (Algorithm 1). The tutorial's form is the same.
+
+Departures from the authors' code, with reasons:
+  * the norm is over all micro-batches and processes of a step: theirs is wrong under gradient accumulation, and per
+    micro-batch it would be another method;
+  * both passes use the same dropout masks: otherwise eps belongs to another network;
+  * the norm is taken in float32 or wider; the first pass forms no gradient of any weight.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from annotated_doc import Doc
+from torch import Tensor, nn
+
+from surgery.errors import UsageError
+from surgery.train import blocks, perturb
+from surgery.train.losses import answer_loss, answered_count
+from surgery.train.step import Batch, Batches, Step, TrainedMethod
+
+# The authors' guard against a gradient of zero.
+_GUARD = 1e-7
+
+PAPER_TRAINING: Mapping[str, Any] = {
+    "lr": 1e-3,
+    "schedule": "cosine",
+    "warmup": 0.1,
+    "weight_decay": 0.1,
+    "clip": 1.0,
+    "lora_rank": 8,
+    "lora_alpha": 1,
+    "lora_dropout": 0.1,
+}
+"""What Vaccine and T-Vaccine train with, in the authors' scripts as they run."""
+
+
+@dataclass(frozen=True)
+class Vaccine(TrainedMethod):
+    """Hyperparameters of Vaccine; rho is the paper's for Llama-2-7B."""
+
+    rho: Annotated[
+        float,
+        Doc("Joint norm of the perturbations of a step, over all layers and tokens; 0 is plain training."),
+    ] = 2.0
+
+    name: ClassVar[str] = "vaccine"
+    title: ClassVar[str] = "Vaccine"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2402.01109"
+    data: ClassVar[tuple[str, ...]] = ("aligned",)
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {**PAPER_TRAINING, "steps": 20_000, "batch_size": 5},
+        "small": {**PAPER_TRAINING, "steps": 150, "batch_size": 16, "lora_alpha": 16},
+    }
+
+    def __post_init__(self) -> None:
+        check_rho(self.rho)
+
+    def equation(self) -> str:
+        """The objective, with numbers."""
+        return f"min_w max_(||(eps_1..eps_L)|| <= {self.rho:.12g}) L_aligned(w; e_l + eps_l), e_l: attention outputs"
+
+    def prepare(self, model: nn.Module) -> None:
+        """Raises `InputError` where the attention modules of the model cannot be found."""
+        blocks.find(model)
+
+    def backward(self, model: nn.Module, batches: Batches, step: Step) -> dict[str, float]:
+        """Adds the gradient at the worst perturbation; returns that loss, the unperturbed one and the norm of g."""
+        return worst_case(model, batches["aligned"], blocks.find(model).attention, self.rho, step)
+
+
+def check_rho(rho: float) -> None:
+    """Raises `UsageError` for a norm that is negative or not finite."""
+    if not (math.isfinite(rho) and rho >= 0):
+        raise UsageError(f"rho is {rho}; it must be a finite number of at least 0, as in --rho 2")
+
+
+def worst_case(
+    model: nn.Module, batches: Sequence[Batch], modules: Sequence[nn.Module], rho: float, step: Step
+) -> dict[str, float]:
+    """Adds the gradient of the loss under the first-order worst perturbation of these modules' outputs.
+
+    Two passes over every micro-batch, the norm between them taken over all.
+
+    Args:
+        model: In training; only what requires a gradient gets one.
+        batches: All micro-batches of this process.
+        modules: Whose outputs are perturbed, in the order in which they run.
+        rho: Joint norm of the perturbation.
+        step: Sums over processes; runs the second backward pass.
+
+    Returns:
+        The perturbed loss, the unperturbed one, and the norm of the gradient with respect to the outputs.
+    """
+    count = answered_count(batches, step)
+    states, losses, gradients = [], [], []
+    for batch in batches:
+        states.append(perturb.randomness())
+        loss, gradient = output_gradients(model, batch, modules, count)
+        losses.append(loss)
+        gradients.append(gradient)
+    norm = perturb.joint_norm(gradients, step)
+    scale = rho / (float(norm) + _GUARD)
+    worst = []
+    for batch, state in zip(batches, states, strict=True):
+        addends = [part * scale for part in gradients.pop(0)]
+        with perturb.replayed(state), perturb.perturbed(modules, addends):
+            loss = answer_loss(model, batch, count=count)
+            step.backward(loss)
+        worst.append(loss.detach())
+    totals = step.summed(torch.stack([torch.stack(worst).sum(), torch.stack(losses).sum()])).tolist()
+    return {"loss": totals[0], "unperturbed": totals[1], "output_gradient": float(norm)}
+
+
+def output_gradients(
+    model: nn.Module, batch: Batch, modules: Sequence[nn.Module], count: int
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss of a micro-batch and its gradient with respect to each module's output; no weight gets a gradient."""
+    with perturb.frozen(list(model.parameters())), perturb.probed(modules) as probes:
+        loss = answer_loss(model, batch, count=count)
+        gradients = torch.autograd.grad(loss, probes)
+    return loss.detach(), list(gradients)

@@ -1,0 +1,31 @@
+"""Losses over the answered tokens of a whole step: sums over micro-batches and processes, divided once."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from surgery.train.step import Batch, Step
+
+
+def answered_count(batches: Sequence[Batch], step: Step) -> int:
+    """How many tokens of a step are answered, over all its micro-batches and all processes.
+
+    A row's first token is predicted from nothing and does not count. A loss that is summed and divided by this does
+    not depend on how the rows were spread.
+    """
+    own = sum((batch.answered[:, 1:].sum() for batch in batches), torch.zeros((), dtype=torch.int64))
+    return int(step.summed(own.to(batches[0].tokens.device) if batches else own))
+
+
+def answer_loss(model: nn.Module, batch: Batch, *, count: int) -> Tensor:
+    """The cross-entropy of a micro-batch's answered tokens, summed in float32 and divided by `count`; a scalar.
+
+    Added up over the micro-batches and processes of a step, with `count` from `answered_count`, these are the mean
+    over all answered tokens of the step, in nats.
+    """
+    logits = model(input_ids=batch.tokens, attention_mask=batch.attended, use_cache=False).logits
+    answered = batch.answered[:, 1:]
+    picked = logits[:, :-1][answered].float()
+    return cross_entropy(picked, batch.tokens[:, 1:][answered], reduction="sum") / count

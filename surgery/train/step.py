@@ -1,0 +1,85 @@
+"""What a training method is handed at each step, and the verb it answers with."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of tokenised rows, padded on the right.
+
+    Attributes:
+        tokens: Token ids.
+        attended: True where there is a token, False on padding.
+        answered: True on tokens of the response, whose prediction the loss is about; False on prompt and padding.
+    """
+
+    tokens: Int[Tensor, "rows length"]
+    attended: Bool[Tensor, "rows length"]
+    answered: Bool[Tensor, "rows length"]
+
+
+Batches = Mapping[str, Sequence[Batch]]
+"""All micro-batches of a step on this process, by data set: aligned, harmful, retain."""
+
+
+@dataclass
+class Step:
+    """Where training stands, and what couples the parts of a step.
+
+    Attributes:
+        number: From 0.
+        total: Steps of the whole run.
+        seed: Of the run; what a method draws comes from this and `number`, so that a resumed run draws the same.
+        backward: Adds the gradient of a scalar to the trainable parameters (accelerate's, or `Tensor.backward`).
+        summed: The sum of a tensor over all processes; the identity for one process.
+        memory: What the method carries from step to step: tensors, numbers, lists; saved with the run.
+    """
+
+    number: int
+    total: int
+    seed: int = 0
+    backward: Callable[[Tensor], None] = torch.Tensor.backward
+    summed: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)
+    memory: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainedMethod(ABC):
+    """A frozen record of hyperparameters with one verb, `backward`.
+
+    Attributes:
+        name: As the command spells it.
+        title: As people write it.
+        paper: Where it comes from.
+        data: The data sets it needs, of aligned, harmful and retain.
+        presets: Under `paper` and `small`, values of its own fields and of those of `Training`.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    data: ClassVar[tuple[str, ...]]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @abstractmethod
+    def equation(self) -> str:
+        """What is minimised, with numbers, in one line."""
+
+    def layers(self, depth: int) -> range:
+        """The decoder blocks it trains, from 0, of a model that has `depth` of them; all, if not overridden."""
+        return range(depth)
+
+    @abstractmethod
+    def prepare(self, model: nn.Module) -> None:
+        """Checks that the model can be trained so, by structure, and freezes what the method never trains."""
+
+    @abstractmethod
+    def backward(self, model: nn.Module, batches: Batches, step: Step) -> dict[str, float]:
+        """Adds this step's gradients to the trainable parameters; returns the terms of the loss by name."""
