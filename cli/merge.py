@@ -25,7 +25,7 @@ def _arguments() -> list[inspect.Parameter]:
     """What is merged into what, and how much of it."""
     kinds: list[tuple[str, Any, Any, Any]] = [
         ("model", str, inspect.Parameter.empty,
-         typer.Argument(metavar="MODEL", help="A model: a folder, ORG/NAME[@REV], demo:aligned.", show_default=False)),
+         typer.Argument(metavar="MODEL", help="A folder, ORG/NAME[@REV], or demo:aligned.", show_default=False)),
         ("adapters", list[str], inspect.Parameter.empty,
          typer.Argument(metavar="ADAPTER", help="What is folded into it.", show_default=False)),
         ("weight", list[float] | None, None,

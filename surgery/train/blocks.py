@@ -49,8 +49,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
-        elif isinstance(inner := _base_of_adapters(model), nn.Module):
-            return inner
+        elif isinstance(base := _base_of_adapters(model), nn.Module):
+            return base
         else:
             return model
 
@@ -65,7 +65,7 @@ def find(model: nn.Module) -> Blocks:
     Raises:
         InputError: A part is missing or not unique; the message names it.
     """
-    inner = unwrapped(model)
+    inner: Any = unwrapped(model)
     title = type(inner).__name__
     config = getattr(inner, "config", None)
     if config is None or not callable(getattr(inner, "get_input_embeddings", None)):

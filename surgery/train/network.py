@@ -119,7 +119,7 @@ def make_trainable(
         with warnings.catch_warnings():
             # transformers 5 from some version on calls this deprecated, and older ones have nothing else.
             warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     method.prepare(model)
     return model
 

@@ -142,7 +142,7 @@ def _csv(path: Path, label: str) -> list[Any]:
 
 def _parquet(path: Path, label: str) -> list[Any]:
     import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet  # type: ignore[import-untyped]
+    from pyarrow import parquet
 
     try:
         return parquet.read_table(path).to_pylist()

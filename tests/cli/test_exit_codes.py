@@ -313,7 +313,8 @@ def test_success_is_exit_0_for_plan_run_and_verify(pair, capfd):
     code, out, err = run(capfd, pair.command("--json"))
     assert code == 0
     assert json.loads(out)["edited"] == 5
-    assert all(line.startswith("[") for line in err.splitlines())
+    # Tensors of a few hundred entries may miss 99 % of an edit, and that is said.
+    assert all(line.startswith(("[", "warning: ")) for line in err.splitlines())
     assert run(capfd, ["verify", pair.out, "-q"]) == (0, "", "")
     assert run(capfd, ["--version"])[0] == 0
     assert run(capfd, ["--help"])[0] == 0

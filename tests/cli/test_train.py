@@ -96,6 +96,7 @@ def test_the_command_writes_what_the_api_writes(place, capfd):
     ]
 
 
+@pytest.mark.slow
 def test_the_preset_the_progress_and_the_outcome_are_told(place, capfd):
     code, out, err = run(capfd, ["vaccine", "demo:aligned", *QUICK])
     assert code == 0, err
@@ -124,6 +125,7 @@ def test_json_is_one_document_and_quiet_is_silent(place, capfd):
     assert (code, out, err) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_as_lora_writes_the_adapter_and_no_model(place, capfd):
     assert run(capfd, ["vaccine", "demo:aligned", *QUICK, *FEW, "-o", "out", "-q", "--as-lora"])[0] == 0
     assert {path.name for path in place.out.iterdir()} == {
@@ -136,6 +138,7 @@ def test_as_lora_writes_the_adapter_and_no_model(place, capfd):
     assert run(capfd, ["merge", "demo:aligned", "out", "-o", "merged", "-q"])[0] == 0
 
 
+@pytest.mark.slow
 def test_the_manifest_says_what_was_trained_on_and_how_to_repeat_it(place, capfd):
     data = written(place.root / "mine.jsonl", *[GOOD] * 5)
     words = ["vaccine", "demo:aligned", *QUICK, "--aligned-data", str(data), "--rho", "0.5", "-q"]
@@ -263,6 +266,7 @@ def test_options_that_make_no_sense_are_refused(place, capfd, words, code, said)
     )
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_is_exit_6_and_keeps_the_last_good_adapter(place, capfd, monkeypatch):
     backward = Vaccine.backward
 
@@ -295,6 +299,7 @@ def test_a_loss_that_is_no_number_is_exit_6_and_keeps_the_last_good_adapter(plac
     )
 
 
+@pytest.mark.slow
 def test_a_training_left_by_another_command_is_not_taken_up(place, capfd, monkeypatch):
     from surgery.train import running
 

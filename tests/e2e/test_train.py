@@ -208,7 +208,7 @@ def test_two_processes_give_the_gradients_of_one(place, config, sharded):
 
 
 @pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
-def test_two_processes_train_save_resume_and_merge(place, config):
+def test_two_processes_train_save_and_merge(place, config):
     words = arguments("out", "--keep-adapter", "--lora-dropout", "0", "--gradient-accumulation", "2")
     launched(config, "-m", "surgery", *words)
     assert not list(place.glob("*.partial"))

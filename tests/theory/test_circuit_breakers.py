@@ -281,7 +281,7 @@ def trained(method, steps, *, seed=0, rate=5e-3):
 
 def test_rerouting_falls_below_a_third_while_what_is_retained_stays_bounded():
     model, history, base, logits, off = trained(CircuitBreakers(), 60)
-    assert history[0]["rerouting"] > 0.999
+    assert history[0]["rerouting"] > 0.99
     assert min(terms["rerouting"] for terms in history) < 0.3
     assert history[-1]["rerouting"] < 0.3
     peak = max(terms["retain"] for terms in history)
