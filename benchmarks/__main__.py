@@ -23,7 +23,7 @@ BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 # The tests of what is timed: no figure is printed while one of them fails.
 CORRECTNESS = (
-    "tests/theory",
+    *(f"tests/theory/test_{name}.py" for name in ("certificate", "lox", "rounding", "spectral")),
     "tests/kernels",
     "tests/unit/test_store.py",
     "tests/unit/test_workers.py",

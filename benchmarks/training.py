@@ -174,7 +174,7 @@ def saved(method: Objective, config: LlamaConfig, data: Batches, dropout: float,
 
 
 def rows(repeats: int, dropout: float = 0.0) -> list[Row]:
-    """Processor time per step (one thread), and activations held for the backward pass to the weights, each as a ratio."""
+    """Processor time per step, and activations held for the backward pass to the weights, each as a ratio."""
     config = shape()
     data = batches(config.vocab_size)
     methods: tuple[Objective, ...] = (Plain(), Vaccine(), TVaccine(), CircuitBreakers())
