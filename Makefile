@@ -8,7 +8,7 @@ export PYTHON
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-e2e test-real test-package nightly bench lint types format clean
+.PHONY: demo test test-e2e test-real test-package nightly bench bench-train lint types format clean
 
 demo: $(VENV)/.installed  ## run LoX on the embedded pair and print the summary
 	$(BIN)/surgery lox demo:base demo:aligned --rank 6 --alpha 1.5 --output demo-lox --overwrite
@@ -28,9 +28,12 @@ test-package: $(VENV)/.dev  ## build, install elsewhere, run
 nightly: $(VENV)/.dev  ## what takes longer than the budget of .ci/run
 	$(PYTEST) -m nightly --timeout 7200 --durations=10
 
-bench: $(VENV)/.dev  ## measure, about half an hour on a quiet machine; fills docs/performance.md and docs/scale.md
+bench: $(VENV)/.dev  ## measure, about an hour on a quiet machine; fills docs/performance.md and docs/scale.md
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.scale
+
+bench-train: $(VENV)/.dev  ## only what the training methods and the merge cost
+	$(BIN)/python -m benchmarks --only training,merging
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

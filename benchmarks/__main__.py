@@ -1,6 +1,6 @@
 """Run the benchmarks: correctness first, then the figures, their table and `benchmarks/results/*.json`.
 
-python -m benchmarks                      everything (about half an hour on two cores)
+python -m benchmarks                      everything (about an hour on two cores)
 python -m benchmarks --only copying,memory
 python -m benchmarks --table              the table of the results on file, for docs/performance.md
 """
@@ -26,6 +26,9 @@ CORRECTNESS = (
     *(f"tests/theory/test_{name}.py" for name in ("certificate", "lox", "rounding", "spectral")),
     "tests/kernels",
     "tests/unit/test_store.py",
+    "tests/theory/test_vaccine.py",
+    "tests/theory/test_t_vaccine.py",
+    "tests/theory/test_circuit_breakers.py",
     "tests/unit/test_workers.py",
     "tests/e2e/test_files_in_files_out.py",
 )
@@ -33,7 +36,17 @@ CORRECTNESS = (
 
 def benchmarks(folder: Path, repeats: int) -> dict[str, Callable[[], Sequence[Any]]]:
     """The benchmarks by name, in the order of the table."""
-    from benchmarks import copying, decomposition, kinds, memory, scaling, small_model, stages
+    from benchmarks import (
+        copying,
+        decomposition,
+        kinds,
+        memory,
+        merging,
+        scaling,
+        small_model,
+        stages,
+        training,
+    )
 
     settings = (("spiked", 1e-2), ("bulk", 1e-3))
     return {
@@ -44,6 +57,8 @@ def benchmarks(folder: Path, repeats: int) -> dict[str, Callable[[], Sequence[An
         "small_model": lambda: small_model.rows(folder, repeats),
         "scaling": lambda: scaling.rows(folder, repeats),
         "stages": lambda: stages.rows(folder),
+        "training": lambda: training.rows(repeats),
+        "merging": lambda: merging.rows(folder, repeats),
     }
 
 

@@ -11,6 +11,7 @@ from benchmarks.pairs import SIZES, write_pair
 from benchmarks.timing import Measured, Row, alternated, command, cores, lox, median, spread
 
 ROOT = Path(__file__).parents[1]
+_THIS = [sys.executable, "-m", "benchmarks.copying"]
 
 
 def copy_hashed(source: Path, target: Path) -> None:
@@ -55,6 +56,11 @@ def bare_copy(aligned: Path, output: Path) -> None:
             os.fsync(copied.fileno())
 
 
+def copy(source: Path, target: Path) -> list[str | Path]:
+    """The command line of `bare_copy`."""
+    return [*_THIS, "bare_copy", source, target]
+
+
 def rows(folder: Path, repeats: int, settings: tuple[tuple[str, float], ...]) -> list[Row]:
     """Wall time of `surgery lox` on the 1.1B pair over that of copying and hashing, and over that of copying."""
     return [row for kind, ratio in settings for row in _rows(folder, repeats, kind, ratio)]
@@ -63,12 +69,11 @@ def rows(folder: Path, repeats: int, settings: tuple[tuple[str, float], ...]) ->
 def _rows(folder: Path, repeats: int, kind: str, ratio: float) -> list[Row]:
     pair = write_pair(folder / f"1.1B-{kind}-{ratio:g}", "1.1B", kind, ratio)
     out = folder / "out"
-    this = [sys.executable, "-m", "benchmarks.copying"]
     taken = alternated(
         {
             "surgery": lambda: fresh(lox(pair, out), pair, out),
-            "unavoidable": lambda: fresh([*this, "unavoidable", *pair, out], pair, out),
-            "copy": lambda: fresh([*this, "bare_copy", pair[1], out], pair, out),
+            "unavoidable": lambda: fresh([*_THIS, "unavoidable", *pair, out], pair, out),
+            "copy": lambda: fresh(copy(pair[1], out), pair, out),
         },
         repeats,
     )

@@ -23,6 +23,7 @@ _PUBLIC = {
     "Vaccine": "surgery.methods.vaccine",
     "TVaccine": "surgery.methods.t_vaccine",
     "CircuitBreakers": "surgery.methods.circuit_breakers",
+    "Booster": "surgery.methods.booster",
     "verify": "surgery.verification",
     "SurgeryError": "surgery.errors",
 }
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from surgery.errors import SurgeryError as SurgeryError
     from surgery.job import prepare as prepare
     from surgery.merging import merge as merge
+    from surgery.methods.booster import Booster as Booster
     from surgery.methods.circuit_breakers import CircuitBreakers as CircuitBreakers
     from surgery.methods.lox import LoX as LoX
     from surgery.methods.t_vaccine import TVaccine as TVaccine

@@ -63,7 +63,7 @@ class Vaccine(TrainedMethod):
     data: ClassVar[tuple[str, ...]] = ("aligned",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {**PAPER_TRAINING, "steps": 20_000, "batch_size": 5},
-        "small": {**PAPER_TRAINING, "steps": 150, "batch_size": 16, "lora_alpha": 16},
+        "small": {**PAPER_TRAINING, "steps": 100, "batch_size": 16, "lora_alpha": 16},
     }
 
     def __post_init__(self) -> None:

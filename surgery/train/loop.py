@@ -91,7 +91,8 @@ class Run:
         """One step of the optimiser; returns the terms of the loss, the gradient's norm and the learning rate."""
         number, total = position.done, self.training.steps
         torch.manual_seed(seeded(self.seed, "noise", self.crew.rank, number))
-        step = Step(number, total, self.seed, self.crew.backward, self.crew.summed, position.memory)
+        crew = self.crew
+        step = Step(number, total, self.seed, crew.backward, crew.summed, crew.add_gradients, position.memory)
         rate = self.training.lr * rate_factor(number, total, self.training)
         for group in optimiser.param_groups:
             group["lr"] = rate

@@ -25,7 +25,12 @@ def answer_loss(model: nn.Module, batch: Batch, *, count: int) -> Tensor:
     Added up over the micro-batches and processes of a step, with `count` from `answered_count`, these are the mean
     over all answered tokens of the step, in nats.
     """
-    logits = model(input_ids=batch.tokens, attention_mask=batch.attended, use_cache=False).logits
     answered = batch.answered[:, 1:]
-    picked = logits[:, :-1][answered].float()
-    return cross_entropy(picked, batch.tokens[:, 1:][answered], reduction="sum") / count
+    # Logits of a whole vocabulary are the largest tensors of a small model: none where no row has an answer.
+    places = answered.any(0).nonzero().flatten()
+    chosen = answered[:, places]
+    logits = model(
+        input_ids=batch.tokens, attention_mask=batch.attended, use_cache=False, logits_to_keep=places
+    ).logits
+    targets = batch.tokens[:, 1:][:, places][chosen]
+    return cross_entropy(logits[chosen].float(), targets, reduction="sum") / count

@@ -39,6 +39,8 @@ class Step:
         seed: Of the run; what a method draws comes from this and `number`, so that a resumed run draws the same.
         backward: Adds the gradient of a scalar to the trainable parameters (accelerate's, or `Tensor.backward`).
         summed: The sum of a tensor over all processes; the identity for one process.
+        join: Makes the gradients of weights those of all processes together, for methods that need them within a
+            step. The loop joins what `backward` leaves, which must therefore be this process's own.
         memory: What the method carries from step to step: tensors, numbers, lists; saved with the run.
     """
 
@@ -47,6 +49,7 @@ class Step:
     seed: int = 0
     backward: Callable[[Tensor], None] = torch.Tensor.backward
     summed: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)
+    join: Callable[[Sequence[nn.Parameter]], None] = field(default=lambda weights: None)
     memory: dict[str, Any] = field(default_factory=dict)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from training_setup import gradients, plain, trainable
 
 from surgery import demo
+from surgery.methods.booster import Booster
 from surgery.methods.circuit_breakers import CircuitBreakers
 from surgery.methods.t_vaccine import TVaccine
 from surgery.methods.vaccine import Vaccine
@@ -27,7 +28,7 @@ from surgery.train.training import Training
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-METHODS = [SFT(), Vaccine(rho=0.5), TVaccine(rho=0.5, gamma=1), CircuitBreakers()]
+METHODS = [SFT(), Vaccine(rho=0.5), TVaccine(rho=0.5, gamma=1), CircuitBreakers(), Booster()]
 ROUNDING = 2e-5
 
 
@@ -163,6 +164,7 @@ from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
 from training_setup import gradients, plain, trainable
+from surgery.methods.booster import Booster
 from surgery.methods.circuit_breakers import CircuitBreakers
 from surgery.methods.t_vaccine import TVaccine
 from surgery.methods.vaccine import Vaccine
@@ -170,7 +172,7 @@ from surgery.train.crew import assemble
 from surgery.train.sft import SFT
 crew, found = assemble("cpu"), {}
 assert crew.world == 2
-for method in (SFT(), Vaccine(rho=0.5), TVaccine(rho=0.5, gamma=1), CircuitBreakers()):
+for method in (SFT(), Vaccine(rho=0.5), TVaccine(rho=0.5, gamma=1), CircuitBreakers(), Booster()):
     model = crew.place(trainable(Path(sys.argv[2]), method, plain()))
     found[method.name] = gradients(model, method, plain(gradient_accumulation=2), crew)
 if crew.rank == 0:

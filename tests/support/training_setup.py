@@ -48,7 +48,7 @@ def gradients(model, method, training, crew, number=0, seed=0):
     for weight in weights:
         weight.grad = None
     model.train()
-    step = Step(number, training.steps, seed, crew.backward, crew.summed)
+    step = Step(number, training.steps, seed, crew.backward, crew.summed, crew.add_gradients)
     method.backward(model, feed.step(number), step)
     crew.add_gradients(weights)
     found = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
