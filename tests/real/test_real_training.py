@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from conftest import Weights
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
@@ -30,7 +29,7 @@ def test_a_trained_model_is_the_model_and_its_adapter(pairs, command, tmp_path, 
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
     assert report["steps"] == 2
-    merged, factors = Weights(out), load_file(tmp_path / "out-adapter" / "adapter_model.safetensors")
+    merged, factors = type(model)(out), load_file(tmp_path / "out-adapter" / "adapter_model.safetensors")
     settings = json.loads((tmp_path / "out-adapter" / "adapter_config.json").read_text())
     scale, changed = settings["lora_alpha"] / settings["r"], 0
     for name in model:
