@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from surgery import workers
 from surgery.checkpoint.layout import Checkpoint
 from surgery.checkpoint.quantised import refuse_quantised
 from surgery.checkpoint.staging import MANIFEST, Staging, fsync_folder, refuse_existing
@@ -113,6 +114,8 @@ def immunise(
     started = time.monotonic()
     if training.full and options.as_lora:
         raise UsageError("--full trains all weights, which no adapter holds; leave out --full or --as-lora")
+    # A merge in this process leaves torch with one thread, and sums depend on their number.
+    torch.set_num_threads(workers.count())
     source = resolve(model, allow_pickle=False, weights="fetch")
     checkpoint = open_source(source)
     refuse_quantised(checkpoint)
