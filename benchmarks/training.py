@@ -5,7 +5,6 @@ Random weights of the shape of a 135M Llama, batch 4 x 128, LoRA of rank 8, one 
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -21,35 +20,15 @@ from surgery.methods.circuit_breakers import CircuitBreakers
 from surgery.methods.t_vaccine import TVaccine
 from surgery.methods.vaccine import Vaccine
 from surgery.train import blocks, recompute
-from surgery.train.losses import answer_loss, answered_count
+from surgery.train.sft import SFT
 from surgery.train.step import Batch, Batches, Step, TrainedMethod
 
 ROWS, LENGTH, RANK = 4, 128, 8
 TARGETS = {"vaccine": 2.1, "t-vaccine": 2.05, "circuit-breakers": 2.2, "booster": 3.1}
 SAVED_TARGET = 0.75
-POLICY = recompute._policy
+POLICY, GRAD = recompute._policy, torch.autograd.grad
 # Draws of layers over which what T-Vaccine saves is averaged.
 DRAWS = 5
-
-
-@dataclass(frozen=True)
-class Plain:
-    """Plain fine-tuning on the answers, as a control."""
-
-    name = "sft"
-
-    def backward(self, model: nn.Module, batches: Batches, step: Step) -> dict[str, float]:
-        """One pass forward, one back."""
-        count = answered_count(batches["aligned"], step)
-        losses = []
-        for batch in batches["aligned"]:
-            loss = answer_loss(model, batch, count=count)
-            step.backward(loss)
-            losses.append(float(loss.detach()))
-        return {"loss": sum(losses)}
-
-
-Objective = TrainedMethod | Plain
 
 
 def shape(depth: int = 30, vocabulary: int = 49152) -> LlamaConfig:
@@ -68,21 +47,19 @@ def shape(depth: int = 30, vocabulary: int = 49152) -> LlamaConfig:
     )
 
 
-def adapted(config: LlamaConfig, method: Objective) -> nn.Module:
+def adapted(config: LlamaConfig, method: TrainedMethod) -> nn.Module:
     """A random model of this shape with an adapter on the blocks that the method trains, ready for a step."""
     torch.manual_seed(0)
     plain = LlamaForCausalLM(config)
     depth = config.num_hidden_layers
-    layers = method.layers(depth) if isinstance(method, TrainedMethod) else range(depth)
     lora = LoraConfig(
         r=RANK,
         lora_alpha=RANK,
-        target_modules=blocks.linear_names(plain, layers),
+        target_modules=blocks.linear_names(plain, method.layers(depth)),
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(plain, lora)
-    if isinstance(method, TrainedMethod):
-        method.prepare(model)
+    method.prepare(model)
     return model.train()
 
 
@@ -97,7 +74,7 @@ def batches(vocabulary: int) -> Batches:
     return {name: [Batch(tokens, attended, answered)] for name, tokens in drawn.items()}
 
 
-def stepper(method: Objective, config: LlamaConfig, data: Batches) -> Callable[[], None]:
+def stepper(method: TrainedMethod, config: LlamaConfig, data: Batches) -> Callable[[], None]:
     """One whole step of training: gradients, clipping, AdamW."""
     model = adapted(config, method)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -123,7 +100,7 @@ class Held:
     def __init__(self, model: nn.Module) -> None:
         self.weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
         self.sizes: dict[int, int] = {}
-        self.at_backward = 0
+        self.most = 0
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Count a tensor's storage, once."""
@@ -144,30 +121,37 @@ class Held:
                     self.keep(output)
         return decision
 
+    def note(self) -> None:
+        """Remember what is held now, if it is the most so far."""
+        self.most = max(self.most, sum(self.sizes.values()))
+
     def backward(self, loss: Tensor) -> None:
-        """Note what is held, then go back."""
-        self.at_backward = sum(self.sizes.values())
+        """The second pass: note what is held, then go back to the weights."""
+        self.note()
         loss.backward()
 
+    def grad(self, *args: Any) -> Any:
+        """The first pass: note what is held, then go back to the outputs."""
+        self.note()
+        return GRAD(*args)
 
-def saved(method: Objective, config: LlamaConfig, data: Batches, draws: int) -> float:
-    """Bytes held when the backward pass to the weights begins, averaged over draws of layers."""
+
+def saved(method: TrainedMethod, config: LlamaConfig, data: Batches, draws: int) -> float:
+    """The most bytes held when a backward pass of a first step begins, of all its passes; averaged over draws."""
     model = adapted(config, method)
-    held = Held(model)
-    model.register_forward_pre_hook(lambda *_: held.sizes.clear())
     total = 0
     for seed in range(draws):
-        step = Step(0, 1000, seed=seed)
-        if isinstance(method, TVaccine):
-            method.backward(model, data, step)
-        step.number, step.backward = 1, held.backward
+        held = Held(model)
+        clearing = model.register_forward_pre_hook(lambda *_, held=held: held.sizes.clear())
         with (
             mock.patch.object(recompute, "_policy", held.policy),
+            mock.patch.object(torch.autograd, "grad", held.grad),
             torch.autograd.graph.saved_tensors_hooks(held.keep, lambda tensor: tensor),
         ):
-            method.backward(model, data, step)
+            method.backward(model, data, Step(0, 1000, seed=seed, backward=held.backward))
+        clearing.remove()
         model.zero_grad()
-        total += held.at_backward
+        total += held.most
     return total / draws
 
 
@@ -176,7 +160,7 @@ def rows(repeats: int) -> list[Row]:
     torch.set_num_threads(1)
     config = shape()
     data = batches(config.vocab_size)
-    methods: tuple[Objective, ...] = (Plain(), Vaccine(), TVaccine(), CircuitBreakers(), Booster())
+    methods: tuple[TrainedMethod, ...] = (SFT(), Vaccine(), TVaccine(), CircuitBreakers(), Booster())
     steppers = {method.name: stepper(method, config, data) for method in methods}
     ways: dict[str, Callable[[], Measured]] = {
         name: lambda run=run: timed(run) for name, run in steppers.items()

@@ -18,8 +18,8 @@ Departures from the authors' code, with reasons:
   * blocks outside S are wholly frozen, as the paper means it: the code goes on training their MLP adapters, and those
     before the first block of S or not depending on which call checkpoints them;
   * what is frozen has no gradient at all, so that neither momentum nor weight decay moves it;
-  * nothing before the first block of S is kept for the backward pass, and of half of the other blocks outside S only
-    large products are, in place of checkpointing them all and whole, which takes a forward pass more;
+  * nothing before the first block of S is kept for the backward pass, and of half of the other blocks outside S the
+    second pass keeps only large products, where the code checkpoints them all, which takes a forward pass more;
   * p comes from all harmful rows of a step and not from one example, which is noisy;
   * one norm over all micro-batches and processes, and equal dropout masks in both passes, as for Vaccine.
 """
@@ -36,14 +36,14 @@ from torch import nn
 
 from surgery.choices import require_choices
 from surgery.errors import OutputError, UsageError
-from surgery.methods.vaccine import PAPER_TRAINING, check_rho, output_gradients, worst_case
+from surgery.methods.vaccine import PAPER_TRAINING, check_rho, first_pass, output_gradients, second_pass
 from surgery.train import blocks, perturb
 from surgery.train.losses import answered_count
 from surgery.train.recompute import thrifty
 from surgery.train.step import Batch, Batches, Step, TrainedMethod
 
-# Share of the blocks that only pass gradients on which keep little and compute the rest again: enough for three
-# quarters of Vaccine's activations at rank 8, where all of them would cost a sixth more time.
+# Share of the blocks that only pass gradients on which keep little in the second pass and compute the rest again: it
+# then holds three quarters of Vaccine's (at rank 8), as the first pass does anyway, which keeps nothing for weights.
 _THRIFTY = 0.55
 
 
@@ -112,12 +112,11 @@ class TVaccine(TrainedMethod):
         ]
         attention = [found.attention[index] for index in drawn]
         passed = [found.layers[index] for index in range(drawn[0], len(found.layers)) if index not in drawn]
-        with (
-            perturb.frozen(others),
-            perturb.without_history(found.layers[0]),
-            thrifty(passed[: round(_THRIFTY * len(passed))]),
-        ):
-            terms = worst_case(model, batches["aligned"], attention, self.rho, step)
+        rows, sparing = batches["aligned"], passed[: round(_THRIFTY * len(passed))]
+        with perturb.frozen(others), perturb.without_history(found.layers[0]):
+            unperturbed = first_pass(model, rows, attention, step)
+            with thrifty(sparing):
+                terms = second_pass(model, rows, attention, unperturbed, self.rho, step)
         for weight in others:
             weight.grad = None
         return terms
@@ -126,7 +125,8 @@ class TVaccine(TrainedMethod):
         """The layers of this step in ascending order, from memory or drawn now."""
         memory = step.memory
         if step.number % self.refresh_every == 0 or "probabilities" not in memory:
-            memory["probabilities"] = probabilities(model, batches["harmful"], found.attention, step)
+            with thrifty(found.layers):
+                memory["probabilities"] = probabilities(model, batches["harmful"], found.attention, step)
         every = 1 if self.form == "tutorial" else self.redraw_every
         if step.number % every == 0 or "layers" not in memory:
             memory["layers"] = draw(memory["probabilities"], self.gamma, f"{step.seed} {step.number}")

@@ -79,7 +79,9 @@ class Vaccine(TrainedMethod):
 
     def backward(self, model: nn.Module, batches: Batches, step: Step) -> dict[str, float]:
         """Adds the gradient at the worst perturbation; returns that loss, the unperturbed one and the norm of g."""
-        return worst_case(model, batches["aligned"], blocks.find(model).attention, self.rho, step)
+        rows, modules = batches["aligned"], blocks.find(model).attention
+        found = first_pass(model, rows, modules, step)
+        return second_pass(model, rows, modules, found, self.rho, step)
 
 
 def check_rho(rho: float) -> None:
@@ -88,22 +90,33 @@ def check_rho(rho: float) -> None:
         raise UsageError(f"rho is {rho}; it must be a finite number of at least 0, as in --rho 2")
 
 
-def worst_case(
-    model: nn.Module, batches: Sequence[Batch], modules: Sequence[nn.Module], rho: float, step: Step
-) -> dict[str, float]:
-    """Adds the gradient of the loss under the first-order worst perturbation of these modules' outputs.
+@dataclass(frozen=True)
+class Unperturbed:
+    """What the first pass found on this process, micro-batch by micro-batch.
 
-    Two passes over every micro-batch, the norm between them taken over all.
+    Attributes:
+        gradients: Of the loss with respect to every module's output.
+        states: The random numbers that each micro-batch began with.
+        loss: The sum of this process's parts of the loss.
+        count: Answered tokens of the step, over all processes.
+    """
+
+    gradients: list[list[Tensor]]
+    states: list[perturb.Randomness]
+    loss: Tensor
+    count: int
+
+
+def first_pass(
+    model: nn.Module, batches: Sequence[Batch], modules: Sequence[nn.Module], step: Step
+) -> Unperturbed:
+    """The gradients of the loss with respect to the outputs of these modules; no weight gets one.
 
     Args:
-        model: In training; only what requires a gradient gets one.
+        model: In training.
         batches: All micro-batches of this process.
-        modules: Whose outputs are perturbed, in the order in which they run.
-        rho: Joint norm of the perturbation.
-        step: Sums over processes; runs the second backward pass.
-
-    Returns:
-        The perturbed loss, the unperturbed one, and the norm of the gradient with respect to the outputs.
+        modules: In the order in which they run.
+        step: Sums over processes.
     """
     count = answered_count(batches, step)
     states, losses, gradients = [], [], []
@@ -112,16 +125,40 @@ def worst_case(
         loss, gradient = output_gradients(model, batch, modules, count)
         losses.append(loss)
         gradients.append(gradient)
-    norm = perturb.joint_norm(gradients, step)
+    return Unperturbed(gradients, states, torch.stack(losses).sum(), count)
+
+
+def second_pass(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    modules: Sequence[nn.Module],
+    found: Unperturbed,
+    rho: float,
+    step: Step,
+) -> dict[str, float]:
+    """Adds the gradient of the loss under the first-order worst perturbation of these modules' outputs.
+
+    Args:
+        model: In training; only what requires a gradient gets one.
+        batches: Those of the first pass.
+        modules: Those of the first pass.
+        found: What it found; its gradients are used up.
+        rho: Joint norm of the perturbation, over all modules, micro-batches and processes.
+        step: Sums over processes; runs the backward pass.
+
+    Returns:
+        The perturbed loss, the unperturbed one, and the norm of the gradient with respect to the outputs.
+    """
+    norm = perturb.joint_norm(found.gradients, step)
     scale = rho / (float(norm) + _GUARD)
     worst = []
-    for batch, state in zip(batches, states, strict=True):
-        addends = [part * scale for part in gradients.pop(0)]
+    for batch, state in zip(batches, found.states, strict=True):
+        addends = [part * scale for part in found.gradients.pop(0)]
         with perturb.replayed(state), perturb.perturbed(modules, addends):
-            loss = answer_loss(model, batch, count=count)
+            loss = answer_loss(model, batch, count=found.count)
             step.backward(loss)
         worst.append(loss.detach())
-    totals = step.summed(torch.stack([torch.stack(worst).sum(), torch.stack(losses).sum()])).tolist()
+    totals = step.summed(torch.stack([torch.stack(worst).sum(), found.loss])).tolist()
     return {"loss": totals[0], "unperturbed": totals[1], "output_gradient": float(norm)}
 
 
