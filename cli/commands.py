@@ -101,21 +101,17 @@ def with_signature(function: Callable, parameters: list[inspect.Parameter], doc:
     return command
 
 
-def require_one_output(quiet: bool, as_json: bool) -> None:
-    """Refuse options that contradict each other in what is to be printed."""
-    if quiet and as_json:
-        raise UsageError("--json and --quiet contradict each other; choose one")
-
-
 def settle_output(values: dict[str, Any]) -> None:
     """Settle what is printed (`quiet`, `json`): nothing by any process of a run but the first.
 
     Raises:
         UsageError: Both were asked for.
     """
-    require_one_output(values["quiet"], values["json"])
+    if values["quiet"] and values["json"]:
+        raise UsageError("--json and --quiet contradict each other; choose one")
     if not processes.speaks():
         values |= {"quiet": True, "json": False}
     if values["quiet"]:
-        # Read by the Hub's client when it is first imported, which only a Hub source does.
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        # Read by the Hub's client and by datasets when they are first imported, which only a Hub source does.
+        for library in ("HUB", "DATASETS"):
+            os.environ[f"HF_{library}_DISABLE_PROGRESS_BARS"] = "1"

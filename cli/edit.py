@@ -10,6 +10,7 @@ import typer
 from surgery.cli import commands, output
 
 if TYPE_CHECKING:
+    from surgery.job import Job
     from surgery.methods.base import WeightEdit
 
 _ARGUMENTS = (
@@ -75,7 +76,6 @@ def command(method: "type[WeightEdit]") -> Any:
 
 def _run(method: "type[WeightEdit]", values: dict[str, Any]) -> None:
     """Plan or carry out an edit and print what came of it."""
-    from surgery import pipeline
     from surgery.job import prepare
     from surgery.options import Options
 
@@ -87,6 +87,13 @@ def _run(method: "type[WeightEdit]", values: dict[str, Any]) -> None:
         output=values["output"],
         options=commands.from_fields(Options, values),
     )
+    carry_out(job, values)
+
+
+def carry_out(job: "Job", values: dict[str, Any]) -> None:
+    """Print the plan of a job, or run it and print what came of it, as the options of the command say."""
+    from surgery import pipeline
+
     if values["plan"]:
         output.planned(job, as_json=values["json"], quiet=values["quiet"])
         return

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import commands, output
-from surgery.cli.edit import common
+from surgery.cli import commands
+from surgery.cli.edit import carry_out, common
 
 _HELP = """Fold PEFT LoRA adapters into a model's files.
 
@@ -52,7 +52,6 @@ def command() -> Any:
 
 def _run(values: dict[str, Any]) -> None:
     """Plan or carry out a merge and print what came of it."""
-    from surgery import pipeline
     from surgery.merging import prepare
     from surgery.options import Options
 
@@ -64,9 +63,4 @@ def _run(values: dict[str, Any]) -> None:
         output=values["output"],
         options=commands.from_fields(Options, values),
     )
-    if values["plan"]:
-        output.planned(job, as_json=values["json"], quiet=values["quiet"])
-        return
-    with output.ShardProgress(quiet=values["quiet"]) as progress:
-        done = pipeline.run(job, progress)
-    output.carried_out(job, done, as_json=values["json"], quiet=values["quiet"])
+    carry_out(job, values)

@@ -240,7 +240,7 @@ def verification(found: "Verification") -> None:
     """The result of a verification for people."""
     line(f"{found.files} files agree with the manifest")
     if found.copied is not None:
-        line(f"{found.copied} copied tensors are those of the aligned checkpoint")
+        line(f"{found.copied} copied tensors are those of the checkpoint they were copied from")
     if found.recomputed is not None:
         line(f"the repeated edit is {found.recomputed}")
     for text in found.notes:

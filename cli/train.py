@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -105,19 +104,12 @@ def _given(context: Any, names: set[str]) -> set[str]:
 
 def _run(method: "type[TrainedMethod]", values: dict[str, Any]) -> None:
     """Train, merge, and print what came of it."""
-    from surgery import processes
     from surgery.options import Options
     from surgery.train import presets
     from surgery.train.running import immunise
     from surgery.train.sources import Columns
 
-    commands.require_one_output(values["quiet"], values["json"])
-    if not processes.speaks():
-        values |= {"quiet": True, "json": False}
-    if values["quiet"]:
-        # Read by these libraries when they are first imported.
-        for library in ("HUB", "DATASETS"):
-            os.environ[f"HF_{library}_DISABLE_PROGRESS_BARS"] = "1"
+    commands.settle_output(values)
     preset = _preset(values)
     given = _given(values["context"], set(presets.defaults(method, preset)))
     record, training = presets.from_preset(method, preset, {name: values[name] for name in given})

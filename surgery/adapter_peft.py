@@ -22,9 +22,14 @@ from surgery.adapter_names import WAY_OUT
 from surgery.errors import InputError
 from surgery.spectral import Factors
 
-_PREFIX = "base_model.model."
-_NAME = "default"
-_INJECT_ERRORS = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, NotImplementedError)
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of a model's modules."""
+
+NAME = "default"
+"""What PEFT calls an adapter that was given no name."""
+
+INJECT_ERRORS = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, NotImplementedError)
+"""What PEFT raises on a model or a config that it cannot adapt."""
 
 
 @dataclass(frozen=True)
@@ -224,13 +229,13 @@ class Adapted:
         for name, layer in self._model.named_modules():
             if isinstance(layer, LoraLayer):
                 # Several parameters of one module are adapted by layers around each other.
-                module = name.removeprefix(_PREFIX).replace(".base_layer", "")
+                module = name.removeprefix(PREFIX).replace(".base_layer", "")
                 found[f"{module}.{getattr(layer, 'parameter_name', 'weight')}"] = name, layer
         return found
 
     def _is_as_asked(self, parameter: str, rank: int) -> bool:
         _, layer = self._layers.get(parameter, ("", None))
-        return layer is not None and layer.r[_NAME] == rank and layer.scaling[_NAME] == 1.0
+        return layer is not None and layer.r[NAME] == rank and layer.scaling[NAME] == 1.0
 
     def lora_tensors(self, parameter: str, left: Tensor, right: Tensor) -> dict[str, Tensor]:
         """The adapter's tensors for one edited parameter, by their names in the file.
@@ -241,9 +246,9 @@ class Adapted:
             right: (r, n), or (E, r, n).
         """
         name, layer = self._layers[parameter]
-        missing = layer.r[_NAME] - left.shape[-1]
+        missing = layer.r[NAME] - left.shape[-1]
         left, right = nn.functional.pad(left, (0, missing)), nn.functional.pad(right, (0, 0, 0, missing))
-        if _NAME in layer.lora_embedding_A:
+        if NAME in layer.lora_embedding_A:
             tensors = {"lora_embedding_A": left.mT, "lora_embedding_B": right.mT}
         else:
             one, other = (
@@ -257,10 +262,10 @@ class Adapted:
         from peft.utils import ModulesToSaveWrapper
 
         return {
-            f"{name}.{key}": f"{name.removeprefix(_PREFIX)}.{key}"
+            f"{name}.{key}": f"{name.removeprefix(PREFIX)}.{key}"
             for name, module in self._model.named_modules()
             if isinstance(module, ModulesToSaveWrapper)
-            for key in module.adapter_state_dict_load_map(_NAME)
+            for key in module.adapter_state_dict_load_map(NAME)
         }
 
     def require_loads(self, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -355,7 +360,7 @@ def _try(
     config = adapter_config(ranks, parameters, saved, model, tied=tied)
     try:
         adapted = Adapted(config, ranks, model)
-    except _INJECT_ERRORS as error:
+    except INJECT_ERRORS as error:
         return _Failure(tuple(ranks), str(error).strip().partition("\n")[0][:200])
     if missed := tuple(adapted.missed or adapted.extra):
         return _Failure(missed, "its rules take the name for another module")

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from surgery.adapter_peft import PREFIX
 from surgery.checkpoint.header import TensorInfo, read_header
 from surgery.checkpoint.layout import Checkpoint, Shard
 from surgery.checkpoint.reading import shown
@@ -20,7 +21,6 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 DENSE = "delta*.safetensors"
 
-_PREFIX = "base_model.model."
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector|lora_magnitude_vector\.weight|lora_B\.bias)"
@@ -126,7 +126,7 @@ def _lora(folder: Path, label: str, number: int) -> Adapter:
     whole: dict[str, str] = {}
     for info in files.tensors.values():
         _check_tensor(info, label)
-        name = info.name.removeprefix(_PREFIX)
+        name = info.name.removeprefix(PREFIX)
         if (match := _FACTOR.fullmatch(name)) is not None:
             own = found.setdefault(match["module"], {})
             own[_PARTS[match["part"]]] = info.name
@@ -161,9 +161,9 @@ def _shard(folder: Path, label: str, name: str) -> Shard:
 
 
 def _check_tensor(info: TensorInfo, label: str) -> None:
-    if not info.name.startswith(_PREFIX):
+    if not info.name.startswith(PREFIX):
         raise InputError(
-            f"{shown(info.name)} in {label} does not begin with {_PREFIX}, as PEFT's tensors do; save it with PEFT"
+            f"{shown(info.name)} in {label} does not begin with {PREFIX}, as PEFT's tensors do; save it with PEFT"
         )
     if not info.is_float:
         raise InputError(

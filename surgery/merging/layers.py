@@ -13,9 +13,7 @@ from typing import Any
 
 from torch import nn
 
-_PREFIX = "base_model.model."
-_NAME = "default"
-_INJECT_ERRORS = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, NotImplementedError)
+from surgery.adapter_peft import INJECT_ERRORS, NAME, PREFIX
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,10 @@ def adapting(fields: Mapping[str, Any], model: nn.Module) -> dict[str, Adapting]
         own = LoraConfig(**{key: value for key, value in fields.items() if key in known})
         try:
             adapted: Any = get_peft_model(model, own, low_cpu_mem_usage=True)
-        except _INJECT_ERRORS as error:
+        except INJECT_ERRORS as error:
             raise ValueError(str(error).strip().partition("\n")[0][:200]) from None
     return {
-        name.removeprefix(_PREFIX): _adapting(name.removeprefix(_PREFIX), layer)
+        name.removeprefix(PREFIX): _adapting(name.removeprefix(PREFIX), layer)
         for name, layer in adapted.named_modules()
         if isinstance(layer, LoraLayer)
     }
@@ -70,6 +68,6 @@ def _adapting(name: str, layer: Any) -> Adapting:
     if stack > 1:
         transposed = bool(getattr(layer.get_base_layer(), "is_transposed", False))
     else:
-        transposed = _NAME in layer.lora_embedding_A or bool(getattr(layer, "fan_in_fan_out", False))
+        transposed = NAME in layer.lora_embedding_A or bool(getattr(layer, "fan_in_fan_out", False))
     parameter = f"{module}.{getattr(layer, 'parameter_name', 'weight')}"
-    return Adapting(parameter, layer.r[_NAME], layer.scaling[_NAME], transposed, stack if stack > 1 else 0)
+    return Adapting(parameter, layer.r[NAME], layer.scaling[NAME], transposed, stack if stack > 1 else 0)

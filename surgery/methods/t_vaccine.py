@@ -36,11 +36,12 @@ from torch import nn
 
 from surgery.choices import require_choices
 from surgery.errors import OutputError, UsageError
-from surgery.methods.vaccine import PAPER_TRAINING, check_rho, first_pass, output_gradients, second_pass
+from surgery.methods.vaccine import PAPER_TRAINING, check_rho
 from surgery.train import blocks, perturb
 from surgery.train.losses import answered_count
 from surgery.train.recompute import thrifty
 from surgery.train.step import Batch, Batches, Step, TrainedMethod
+from surgery.train.worst_case import first_pass, output_gradients, second_pass
 
 # Share of the blocks that only pass gradients on which keep little in the second pass and compute the rest again: it
 # then holds three quarters of Vaccine's (at rank 8), as the first pass does anyway, which keeps nothing for weights.

@@ -19,21 +19,17 @@ Departures from the authors' code, with reasons:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-import torch
 from annotated_doc import Doc
-from torch import Tensor, nn
+from torch import nn
 
 from surgery.errors import UsageError
-from surgery.train import blocks, perturb
-from surgery.train.losses import answer_loss, answered_count
-from surgery.train.step import Batch, Batches, Step, TrainedMethod
-
-# The authors' guard against a gradient of zero.
-_GUARD = 1e-7
+from surgery.train import blocks
+from surgery.train.step import Batches, Step, TrainedMethod
+from surgery.train.worst_case import first_pass, second_pass
 
 PAPER_TRAINING: Mapping[str, Any] = {
     "lr": 1e-3,
@@ -88,85 +84,3 @@ def check_rho(rho: float) -> None:
     """Raises `UsageError` for a norm that is negative or not finite."""
     if not (math.isfinite(rho) and rho >= 0):
         raise UsageError(f"rho is {rho}; it must be a finite number of at least 0, as in --rho 2")
-
-
-@dataclass(frozen=True)
-class Unperturbed:
-    """What the first pass found on this process, micro-batch by micro-batch.
-
-    Attributes:
-        gradients: Of the loss with respect to every module's output.
-        states: The random numbers that each micro-batch began with.
-        loss: The sum of this process's parts of the loss.
-        count: Answered tokens of the step, over all processes.
-    """
-
-    gradients: list[list[Tensor]]
-    states: list[perturb.Randomness]
-    loss: Tensor
-    count: int
-
-
-def first_pass(
-    model: nn.Module, batches: Sequence[Batch], modules: Sequence[nn.Module], step: Step
-) -> Unperturbed:
-    """The gradients of the loss with respect to the outputs of these modules; no weight gets one.
-
-    Args:
-        model: In training.
-        batches: All micro-batches of this process.
-        modules: In the order in which they run.
-        step: Sums over processes.
-    """
-    count = answered_count(batches, step)
-    states, losses, gradients = [], [], []
-    for batch in batches:
-        states.append(perturb.randomness())
-        loss, gradient = output_gradients(model, batch, modules, count)
-        losses.append(loss)
-        gradients.append(gradient)
-    return Unperturbed(gradients, states, torch.stack(losses).sum(), count)
-
-
-def second_pass(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    modules: Sequence[nn.Module],
-    found: Unperturbed,
-    rho: float,
-    step: Step,
-) -> dict[str, float]:
-    """Adds the gradient of the loss under the first-order worst perturbation of these modules' outputs.
-
-    Args:
-        model: In training; only what requires a gradient gets one.
-        batches: Those of the first pass.
-        modules: Those of the first pass.
-        found: What it found; its gradients are used up.
-        rho: Joint norm of the perturbation, over all modules, micro-batches and processes.
-        step: Sums over processes; runs the backward pass.
-
-    Returns:
-        The perturbed loss, the unperturbed one, and the norm of the gradient with respect to the outputs.
-    """
-    norm = perturb.joint_norm(found.gradients, step)
-    scale = rho / (float(norm) + _GUARD)
-    worst = []
-    for batch, state in zip(batches, found.states, strict=True):
-        addends = [part * scale for part in found.gradients.pop(0)]
-        with perturb.replayed(state), perturb.perturbed(modules, addends):
-            loss = answer_loss(model, batch, count=found.count)
-            step.backward(loss)
-        worst.append(loss.detach())
-    totals = step.summed(torch.stack([torch.stack(worst).sum(), found.loss])).tolist()
-    return {"loss": totals[0], "unperturbed": totals[1], "output_gradient": float(norm)}
-
-
-def output_gradients(
-    model: nn.Module, batch: Batch, modules: Sequence[nn.Module], count: int
-) -> tuple[Tensor, list[Tensor]]:
-    """The loss of a micro-batch and its gradient with respect to each module's output; no weight gets a gradient."""
-    with perturb.frozen(list(model.parameters())), perturb.probed(modules) as probes:
-        loss = answer_loss(model, batch, count=count)
-        gradients = torch.autograd.grad(loss, probes)
-    return loss.detach(), list(gradients)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from small_scale import Laboratory
 
-from surgery.methods import vaccine
 from surgery.methods.circuit_breakers import CircuitBreakers
 from surgery.methods.t_vaccine import TVaccine
 from surgery.methods.vaccine import Vaccine
+from surgery.train import worst_case
 
 pytestmark = pytest.mark.slow
 
@@ -46,13 +46,13 @@ def test_vaccine_drifts_less_the_larger_rho_and_pays_for_it(laboratory, plain):
 
 def test_random_perturbations_of_the_same_size_help_less_than_vaccines(laboratory, plain, monkeypatch):
     directed = after_attack(laboratory, Vaccine(rho=20.0))
-    gradients = vaccine.output_gradients
+    gradients = worst_case.output_gradients
 
     def random_ones(model, batch, modules, count):
         loss, parts = gradients(model, batch, modules, count)
         return loss, [torch.randn_like(part) for part in parts]
 
-    monkeypatch.setattr(vaccine, "output_gradients", random_ones)
+    monkeypatch.setattr(worst_case, "output_gradients", random_ones)
     random = after_attack(laboratory, Vaccine(rho=20.0))
     assert plain["drift"] - directed["drift"] > 2 * abs(plain["drift"] - random["drift"])
 

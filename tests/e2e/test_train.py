@@ -88,6 +88,33 @@ def test_full_training_ends_as_the_trained_weights_in_the_files(place):
         assert torch.equal(after[name], before[name].float() + delta), name
 
 
+def test_every_term_is_logged_by_a_tracker(place):
+    told = []
+    done = immunise(
+        Vaccine(rho=0.5),
+        model="demo:aligned",
+        output="out",
+        training=Training(steps=3, batch_size=4, track="tensorboard"),
+        progress=lambda number, total, terms, left: told.append((number, total, left)),
+    )
+    assert [one[:2] for one in told] == [(1, 3), (2, 3), (3, 3)]
+    assert told[-1][2] == 0.0
+    from tensorboardX.proto.event_pb2 import Event
+
+    logged = {}
+    for file in (place / "out-logs").rglob("events.out.*"):
+        raw = file.read_bytes()
+        while raw:
+            size = int.from_bytes(raw[:8], "little")
+            event = Event.FromString(raw[12 : 12 + size])
+            raw = raw[16 + size :]
+            for value in event.summary.value:
+                logged.setdefault(value.tag, {})[event.step] = value.simple_value
+    assert set(done.history[0]) <= set(logged)
+    losses = [terms["loss"] for terms in done.history]
+    assert [logged["loss"][step] for step in (1, 2, 3)] == pytest.approx(losses, rel=1e-6)
+
+
 def arguments(output, *more):
     return [
         "t-vaccine", "demo:aligned", "--aligned-data", "few.jsonl", "--steps", "12", "--batch-size", "4",

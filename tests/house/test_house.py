@@ -27,6 +27,7 @@ LAYERS = [
         "surgery.train.losses",
         "surgery.train.blocks",
         "surgery.train.perturb",
+        "surgery.train.worst_case",
         "surgery.train.recompute",
     ],
     ["surgery.methods"],
@@ -42,7 +43,7 @@ LAYERS = [
     ["surgery.shards"],
     ["surgery.pipeline"],
     ["surgery.merging"],
-    ["surgery.train", "surgery.data"],
+    ["surgery.train"],
     ["surgery.verification", "surgery.testing"],
     ["surgery.cli", "surgery.__main__"],
 ]

@@ -11,10 +11,11 @@ from objectives import adapted, batch, gradients, hooks, model_of, split
 from surgery.errors import OutputError, UsageError
 from surgery.methods import t_vaccine
 from surgery.methods.t_vaccine import TVaccine, draw, probabilities
-from surgery.methods.vaccine import Vaccine, output_gradients
+from surgery.methods.vaccine import Vaccine
 from surgery.train import blocks, perturb
 from surgery.train.losses import answered_count
 from surgery.train.step import Step
+from surgery.train.worst_case import output_gradients
 
 
 def data(*aligned):

@@ -10,9 +10,8 @@ import torch
 from objectives import adapted, apart, batch, flat, gradients, hooks, model_of, split, widened
 
 from surgery.errors import UsageError
-from surgery.methods import vaccine
 from surgery.methods.vaccine import Vaccine
-from surgery.train import blocks, perturb
+from surgery.train import blocks, perturb, worst_case
 from surgery.train.losses import answer_loss, answered_count
 from surgery.train.step import Step
 
@@ -165,7 +164,7 @@ def test_a_step_that_fails_leaves_no_hooks_behind():
 
 def test_the_first_pass_forms_no_gradient_of_any_weight():
     model, one = model_of(), batch(1)
-    vaccine.output_gradients(model, one, blocks.find(model).attention, 10)
+    worst_case.output_gradients(model, one, blocks.find(model).attention, 10)
     assert all(weight.grad is None for weight in model.parameters())
     answer_loss(model, one, count=10).backward()
     assert all(weight.grad is not None for weight in model.parameters())  # control
