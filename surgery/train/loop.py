@@ -26,9 +26,11 @@ Progress = Callable[[int, int, dict[str, float], float], None]
 
 
 class Diverged(OutputError):  # noqa: N818 - what happened, in one word
-    """A loss or a gradient is no finite number; what was saved of the run is kept."""
+    """A loss or a gradient is no finite number; what was saved of the run is kept, if anything was."""
 
-    resumable = True
+    def __init__(self, message: str, *, saved: bool) -> None:
+        super().__init__(message)
+        self.resumable = saved
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ class Run:
         last = self.states.last() if self.states else None
         raise Diverged(
             f"step {number + 1} of {self.training.steps}: {bad[0]} is {terms[bad[0]]}; the last good checkpoint is "
-            f"{last or 'none'}; lower --lr (here {self.training.lr:g}) and train again"
+            f"{last or 'none'}; lower --lr (here {self.training.lr:g}) and train again",
+            saved=last is not None,
         )
 
 

@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 
-from surgery import workers
+from surgery import resources, workers
 from surgery.checkpoint.layout import Checkpoint
 from surgery.checkpoint.quantised import refuse_quantised
 from surgery.checkpoint.staging import MANIFEST, Staging, fsync_folder, refuse_existing
 from surgery.checkpoint.writer import write_file
 from surgery.edits import Progress as ShardProgress
-from surgery.errors import UsageError
+from surgery.errors import ResourceError, UsageError
 from surgery.hub import Source, resolve
 from surgery.hub.remote import open_source
+from surgery.job import refuse_paths
 from surgery.merging import merge
 from surgery.options import Options
 from surgery.pipeline import Outcome
@@ -120,6 +121,8 @@ def immunise(
     checkpoint = open_source(source)
     refuse_quantised(checkpoint)
     target = Path(output) if output is not None else record.default_output(method, source)
+    refuse_paths({"model": source}, target)
+    _refuse_disk(checkpoint, target)
     refuse_existing(target, overwrite=options.overwrite)
     chosen = data_sets.choose(method, str(model), data or {})
     tokenizer = network.load_tokenizer(checkpoint)
@@ -139,6 +142,15 @@ def immunise(
         merged=merged,
         seconds=time.monotonic() - started,
     )
+
+
+def _refuse_disk(checkpoint: Checkpoint, target: Path) -> None:
+    """Refuse before hours of training what the merge after them would refuse."""
+    if checkpoint.total_bytes > (free := resources.disk_free(target)):
+        raise ResourceError(
+            f"the output needs {checkpoint.total_bytes / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free where "
+            f"{target} goes; free some space or choose another --output"
+        )
 
 
 def _positions(checkpoint: Checkpoint) -> int:

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import types
+from pathlib import Path
 
 import pytest
 from refusals import refused, run
 from typer.testing import CliRunner
 
 import surgery
-from surgery import demo, methods
+from surgery import demo, methods, resources
 from surgery.cli.app import app
 from surgery.methods.vaccine import Vaccine
 from surgery.train.presets import defaults
@@ -263,6 +264,23 @@ def test_options_that_make_no_sense_are_refused(place, capfd, words, code, said)
             *(FEW if "--aligned-data" not in words else ()),
             *words,
         ],
+    )
+
+
+def test_what_the_merge_would_refuse_is_refused_before_training(place, other, capfd, monkeypatch):
+    words = ["vaccine", other, *QUICK, *FEW, "-q"]
+    for output in (Path("model"), Path("model/inner"), Path()):
+        code, out, err = run(capfd, [*words, "-o", output, "--overwrite"])
+        assert (code, out) == (2, ""), err
+        assert "--output" in err or "name one" in err
+    monkeypatch.setattr(resources, "disk_free", lambda path: 1000)
+    refused(capfd, place, 4, ["MiB are free", "--output"], [*words, "-o", place.out])
+
+
+def test_a_run_that_diverges_before_its_first_state_leaves_nothing(place, capfd):
+    words = ["vaccine", "demo:aligned", *FEW, "--steps", "3", "--batch-size", "4", "--lr", "1e30"]
+    refused(
+        capfd, place, 6, ["step 2 of 3", "checkpoint is none", "lower --lr"], [*words, "-o", place.out, "-q"]
     )
 
 
