@@ -113,6 +113,30 @@ def immunise(
         SurgeryError: The run failed; `output` does not exist, or is what it was before.
     """
     started = time.monotonic()
+    job = _prepare(method, model, data or {}, output, training, options, columns)
+    with ExitStack() as stack:
+        history, merged = job.carry_out(stack, progress, merging)
+    return Trained(
+        output=job.target,
+        adapter=job.kept if training.keep_adapter or options.as_lora else None,
+        history=tuple(history),
+        record=job.record(history),
+        notes=record.notes(job.sets, job.training),
+        merged=merged,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _prepare(
+    method: TrainedMethod,
+    model: str | Path,
+    data: Mapping[str, data_sets.Sources],
+    output: str | Path | None,
+    training: Training,
+    options: Options,
+    columns: Columns,
+) -> "_Job":
+    """Everything read, tokenised and checked, so that no hour of training ends in a refusal."""
     if training.full and options.as_lora:
         raise UsageError("--full trains all weights, which no adapter holds; leave out --full or --as-lora")
     # A merge in this process leaves torch with one thread, and sums depend on their number.
@@ -124,24 +148,13 @@ def immunise(
     refuse_paths({"model": source}, target)
     _refuse_disk(checkpoint, target)
     refuse_existing(target, overwrite=options.overwrite)
-    chosen = data_sets.choose(method, str(model), data or {})
+    chosen = data_sets.choose(method, str(model), data)
     tokenizer = network.load_tokenizer(checkpoint)
     training = replace(training, max_length=min(training.max_length, _positions(checkpoint)))
     sets = data_sets.load(chosen, tokenizer, training.max_length, columns)
     kept = target if options.as_lora else target.with_name(target.name + "-adapter")
     crew = assemble(options.device, track=training.track, logs=target.with_name(target.name + "-logs"))
-    job = _Job(method, source, checkpoint, sets, training, options, columns, target, kept, crew)
-    with ExitStack() as stack:
-        history, merged = job.carry_out(stack, tokenizer, progress, merging)
-    return Trained(
-        output=target,
-        adapter=kept if training.keep_adapter or options.as_lora else None,
-        history=tuple(history),
-        record=job.record(history),
-        notes=record.notes(sets, training),
-        merged=merged,
-        seconds=time.monotonic() - started,
-    )
+    return _Job(method, source, checkpoint, tokenizer, sets, training, options, columns, target, kept, crew)
 
 
 def _refuse_disk(checkpoint: Checkpoint, target: Path) -> None:
@@ -167,6 +180,7 @@ class _Job:
     method: TrainedMethod
     source: Source
     checkpoint: Checkpoint
+    tokenizer: Any
     sets: Mapping[str, data_sets.DataSet]
     training: Training
     options: Options
@@ -182,7 +196,7 @@ class _Job:
         )
 
     def carry_out(
-        self, stack: ExitStack, tokenizer: Any, progress: Progress | None, merging: ShardProgress | None
+        self, stack: ExitStack, progress: Progress | None, merging: ShardProgress | None
     ) -> tuple[list[dict[str, float]], Outcome | None]:
         """Train in the work folder, merge what came of it, and leave no work behind."""
         together = team()
@@ -193,7 +207,7 @@ class _Job:
         staging = together.agree(lambda: opened or Staging.join(self.kept, fingerprint, together.rank))
         done = together.gather(staging.entries)[0]
         found = [entry["history"] for entry in done if "history" in entry]
-        history = found[0] if found else self._train(staging, tokenizer, progress)
+        history = found[0] if found else self._train(staging, progress)
         merged = None
         if not self.options.as_lora:
             options = replace(self.options, as_lora=False)
@@ -218,14 +232,14 @@ class _Job:
         overwrite = self.options.overwrite
         return stack.enter_context(Staging(self.kept, fingerprint, overwrite=overwrite))
 
-    def _train(self, staging: Staging, tokenizer: Any, progress: Progress | None) -> list[dict[str, float]]:
+    def _train(self, staging: Staging, progress: Progress | None) -> list[dict[str, float]]:
         """Train, and put what it came to into the work folder."""
         leads, label = self.crew.rank == 0, self.source.label
         dtype, autocast = network.precision(self.training, self.crew.device)
         model = network.load_model(self.checkpoint, dtype)
         model = network.make_trainable(model, self.method, self.training, label=label, seed=self.options.seed)
         states = States(staging.path, label, writes=leads)
-        feed = self._feed(tokenizer)
+        feed = self._feed()
         run = Run(self.method, model, feed, self.training, self.options.seed, self.crew, states, autocast)
         with tracking(self.crew, self.training, self.method, progress) as told:
             history = run.fit(told)
@@ -246,8 +260,9 @@ class _Job:
             torch.cuda.empty_cache()
         return history
 
-    def _feed(self, tokenizer: Any) -> Feed:
-        pad = next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None), 0)
+    def _feed(self) -> Feed:
+        ends = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        pad = next((one for one in ends if one is not None), 0)
         rows = {name: data_set.rows for name, data_set in self.sets.items()}
         return Feed(
             rows,
