@@ -24,12 +24,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_doc import Doc
 from torch import Tensor, nn
 
+from surgery.choices import require_choices
 from surgery.errors import UsageError
 from surgery.train import blocks, perturb
 from surgery.train.losses import answer_loss, answered_count
@@ -47,6 +48,9 @@ class Booster(TrainedMethod):
         float, Doc("Weight of what a harmful step gains beside the aligned loss; 0 is plain training.")
     ] = 5.0
     alpha: Annotated[float, Doc("Length of the simulated harmful step, over all trained weights.")] = 0.1
+    form: Annotated[
+        Literal["paper", "tutorial"], Doc("The tutorial's form is the paper's: either does the same.")
+    ] = "paper"
 
     name: ClassVar[str] = "booster"
     title: ClassVar[str] = "Booster"
@@ -79,6 +83,7 @@ class Booster(TrainedMethod):
     }
 
     def __post_init__(self) -> None:
+        require_choices(self)
         for option in ("lam", "alpha"):
             value = getattr(self, option)
             if not (math.isfinite(value) and value >= 0):

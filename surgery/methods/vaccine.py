@@ -21,11 +21,12 @@ Departures from the authors' code, with reasons:
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_doc import Doc
 from torch import nn
 
+from surgery.choices import require_choices
 from surgery.errors import UsageError
 from surgery.train import blocks
 from surgery.train.step import Batches, Step, TrainedMethod
@@ -52,6 +53,9 @@ class Vaccine(TrainedMethod):
         float,
         Doc("Joint norm of the perturbations of a step, over all layers and tokens; 0 is plain training."),
     ] = 2.0
+    form: Annotated[
+        Literal["paper", "tutorial"], Doc("The tutorial's form is the paper's: either does the same.")
+    ] = "paper"
 
     name: ClassVar[str] = "vaccine"
     title: ClassVar[str] = "Vaccine"
@@ -63,6 +67,7 @@ class Vaccine(TrainedMethod):
     }
 
     def __post_init__(self) -> None:
+        require_choices(self)
         check_rho(self.rho)
 
     def equation(self) -> str:

@@ -195,3 +195,9 @@ def test_without_its_last_term_it_trains_on_harmful_data(monkeypatch):
 def test_numbers_that_make_no_sense_are_refused(changes):
     with pytest.raises(UsageError, match="at least 0"):
         Booster(**changes)
+
+
+def test_both_forms_are_one():
+    model = adapted()
+    one, two = (gradients(Booster(form=form), model, data())[1] for form in ("paper", "tutorial"))
+    assert all(torch.equal(one[name], two[name]) for name in one)

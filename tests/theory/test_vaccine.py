@@ -256,3 +256,11 @@ def test_all_weights_can_be_trained():
     _, found = gradients(Vaccine(), model, data(batch(1)))
     assert all(gradient is not None for gradient in found.values())
     assert flat(found).isfinite().all()
+
+
+def test_both_forms_are_one():
+    model = adapted()
+    one, two = (
+        gradients(Vaccine(rho=0.5, form=form), model, data(batch(1)))[1] for form in ("paper", "tutorial")
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
