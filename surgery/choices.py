@@ -1,9 +1,8 @@
 """Records refuse what their types do not allow, whether a command or a program made them."""
 
 import dataclasses
-import inspect
 import types
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from surgery.errors import UsageError
 
@@ -14,7 +13,7 @@ def require_choices(record: Any) -> None:
     Raises:
         UsageError: Naming the field and what it may be.
     """
-    hints = inspect.get_annotations(type(record), eval_str=True)
+    hints = get_type_hints(type(record), include_extras=True)
     for field in dataclasses.fields(record):
         value, kind = getattr(record, field.name), hints[field.name]
         if not _allowed(value, kind):
