@@ -4,21 +4,15 @@ The order comes from the seed and the number of the step alone: a resumed run ne
 number of processes nor that of micro-batches changes what a step trains on.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from surgery.errors import UsageError
-from surgery.train.step import Batch, Batches
+from surgery.train.seeding import seeded
+from surgery.train.step import Batch, Batches, Stream
 from surgery.train.tokens import Example
-
-
-def seeded(*parts: int | str) -> int:
-    """A seed from 0 to 2^63 - 1 that differs wherever one of the parts does."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8]) >> 1
 
 
 def drawn(count: int, begin: int, end: int, *parts: int | str) -> list[int]:
@@ -51,9 +45,9 @@ class Feed:
     """The batches of every step for one process of a run.
 
     Attributes:
-        examples: Tokenised rows by data set.
-        size: Rows of a step from each set, over all processes.
-        micro: Micro-batches a process makes of its share.
+        streams: What a step draws from, by name.
+        size: Rows of a batch, over all processes.
+        micro: Micro-batches a process makes of its share of a batch.
         seed: Of the run.
         pad: The id of padding.
         device: Where the batches go.
@@ -61,7 +55,7 @@ class Feed:
         world: How many processes there are.
     """
 
-    examples: Mapping[str, Sequence[Example]]
+    streams: Mapping[str, Stream]
     size: int
     micro: int = 1
     seed: int = 0
@@ -78,15 +72,23 @@ class Feed:
             )
 
     def step(self, number: int) -> Batches:
-        """The micro-batches of step `number` (from 0) on this process, by data set."""
-        return {name: self._batches(name, rows, number) for name, rows in self.examples.items()}
+        """The micro-batches of step `number` (from 0) on this process, batch after batch, by stream."""
+        return {
+            name: [
+                part
+                for index in range(number * stream.batches, (number + 1) * stream.batches)
+                for part in self._batch(stream, stream.order or name, index)
+            ]
+            for name, stream in self.streams.items()
+        }
 
-    def _batches(self, name: str, rows: Sequence[Example], number: int) -> list[Batch]:
-        indices = drawn(len(rows), number * self.size, (number + 1) * self.size, self.seed, name)
+    def _batch(self, stream: Stream, order: str, index: int) -> list[Batch]:
+        """This process's micro-batches of the batch with that index, counted from the start of the run."""
+        rows = drawn(len(stream.rows), index * self.size, (index + 1) * self.size, self.seed, order)
         parts = self.world * self.micro
         own = range(self.rank * self.micro, (self.rank + 1) * self.micro)
         bounds = [(part * self.size // parts, (part + 1) * self.size // parts) for part in own]
         return [
-            padded([rows[index] for index in indices[begin:end]], self.pad, self.device)
+            padded([stream.rows[row] for row in rows[begin:end]], self.pad, self.device)
             for begin, end in bounds
         ]

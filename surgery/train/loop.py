@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from surgery.errors import OutputError
 from surgery.train.crew import Crew
-from surgery.train.feed import Feed, seeded
+from surgery.train.feed import Feed
+from surgery.train.seeding import seeded
 from surgery.train.state import Position, States, spread_like
 from surgery.train.step import Step, TrainedMethod
 from surgery.train.training import Training

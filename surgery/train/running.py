@@ -37,7 +37,7 @@ from surgery.train.feed import Feed
 from surgery.train.loop import Progress, Run
 from surgery.train.sources import Columns
 from surgery.train.state import States, save_weights
-from surgery.train.step import TrainedMethod
+from surgery.train.step import Stream, TrainedMethod
 from surgery.train.tracking import tracking
 from surgery.train.training import Training
 
@@ -152,9 +152,12 @@ def _prepare(
     tokenizer = network.load_tokenizer(checkpoint)
     training = replace(training, max_length=min(training.max_length, _positions(checkpoint)))
     sets = data_sets.load(chosen, tokenizer, training.max_length, columns)
+    streams = method.streams({name: one.rows for name, one in sets.items()}, options.seed)
     kept = target if options.as_lora else target.with_name(target.name + "-adapter")
     crew = assemble(options.device, track=training.track, logs=target.with_name(target.name + "-logs"))
-    return _Job(method, source, checkpoint, tokenizer, sets, training, options, columns, target, kept, crew)
+    return _Job(
+        method, source, checkpoint, tokenizer, sets, streams, training, options, columns, target, kept, crew
+    )
 
 
 def _refuse_disk(checkpoint: Checkpoint, target: Path) -> None:
@@ -182,6 +185,7 @@ class _Job:
     checkpoint: Checkpoint
     tokenizer: Any
     sets: Mapping[str, data_sets.DataSet]
+    streams: Mapping[str, Stream]
     training: Training
     options: Options
     columns: Columns
@@ -263,9 +267,8 @@ class _Job:
     def _feed(self) -> Feed:
         ends = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         pad = next((one for one in ends if one is not None), 0)
-        rows = {name: data_set.rows for name, data_set in self.sets.items()}
         return Feed(
-            rows,
+            self.streams,
             self.training.batch_size,
             self.training.gradient_accumulation,
             self.options.seed,

@@ -26,7 +26,29 @@ class Batch:
 
 
 Batches = Mapping[str, Sequence[Batch]]
-"""All micro-batches of a step on this process, by data set: aligned, harmful, retain."""
+"""All micro-batches of a step on this process, by stream; mostly the data sets: aligned, harmful, retain."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Rows that the batches of a run are drawn from.
+
+    Attributes:
+        rows: Tokenised rows.
+        batches: How many batches a step takes.
+        order: Streams with the same text here and as many rows are drawn in the same order; the stream's own name
+            where empty.
+    """
+
+    rows: Sequence[Any]
+    batches: int = 1
+    order: str = ""
+
+
+def batch_by_batch(parts: Sequence[Batch], batches: int) -> list[Sequence[Batch]]:
+    """The micro-batches of a stream, those of each of its `batches` batches together."""
+    each = len(parts) // batches
+    return [parts[index * each : (index + 1) * each] for index in range(batches)]
 
 
 @dataclass
@@ -78,6 +100,15 @@ class TrainedMethod(ABC):
     def layers(self, depth: int) -> range:
         """The decoder blocks it trains, from 0, of a model that has `depth` of them; all, if not overridden."""
         return range(depth)
+
+    def streams(self, rows: Mapping[str, Sequence[Any]], seed: int) -> dict[str, Stream]:
+        """What its batches are drawn from, of the rows of its data sets; one batch of each set, if not overridden.
+
+        Raises:
+            InputError: The rows do not do for the method.
+        """
+        del seed
+        return {name: Stream(own) for name, own in rows.items()}
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> None:

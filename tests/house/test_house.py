@@ -24,6 +24,7 @@ LAYERS = [
     ["surgery.selection", "surgery.order", "surgery.pairing", "surgery.options", "surgery.fused"],
     [
         "surgery.train.step",
+        "surgery.train.seeding",
         "surgery.train.losses",
         "surgery.train.blocks",
         "surgery.train.perturb",

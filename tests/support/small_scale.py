@@ -45,7 +45,7 @@ class Laboratory:
         torch.manual_seed(0)
         model = network.make_trainable(self.model(), method, chosen, label="demo:aligned", seed=0)
         used = {name: self.train[name] for name in method.data}
-        history = loop.Run(method, model, feed.Feed(used, chosen.batch_size), chosen).fit()
+        history = loop.Run(method, model, feed.Feed(method.streams(used, 0), chosen.batch_size), chosen).fit()
         return model.merge_and_unload().eval(), history
 
     def attacked(self, model, steps, *, peak=5e-4):

@@ -42,7 +42,14 @@ def gradients(model, method, training, crew, number=0, seed=0):
     """Every gradient of one step in one vector, as the loop would have it before clipping; None counts as zero."""
     sets = {name: rows for name, rows in examples().items() if name in method.data}
     feed = Feed(
-        sets, training.batch_size, training.gradient_accumulation, seed, 0, crew.device, crew.rank, crew.world
+        method.streams(sets, seed),
+        training.batch_size,
+        training.gradient_accumulation,
+        seed,
+        0,
+        crew.device,
+        crew.rank,
+        crew.world,
     )
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in weights:

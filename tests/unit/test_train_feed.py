@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from surgery.errors import UsageError
-from surgery.train.feed import Feed, drawn, padded, seeded
+from surgery.train.feed import Feed, drawn, padded
+from surgery.train.seeding import seeded
+from surgery.train.step import Stream, batch_by_batch
 from surgery.train.tokens import Example
 
 EXAMPLES = tuple(Example(tuple(range(10 * row, 10 * row + 3 + row % 5)), 1 + row % 3) for row in range(11))
@@ -48,28 +50,43 @@ def test_seeds_and_sets_have_orders_of_their_own():
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 1), (1, 3), (2, 1), (2, 2), (3, 2), (7, 1)])
 def test_a_step_has_the_same_rows_however_it_is_spread(world, micro):
-    whole = Feed({"aligned": EXAMPLES}, 7).step(4)["aligned"]
+    whole = Feed({"aligned": Stream(EXAMPLES)}, 7).step(4)["aligned"]
     spread = [
         batch
         for rank in range(world)
-        for batch in Feed({"aligned": EXAMPLES}, 7, micro, rank=rank, world=world).step(4)["aligned"]
+        for batch in Feed({"aligned": Stream(EXAMPLES)}, 7, micro, rank=rank, world=world).step(4)["aligned"]
     ]
     assert len(spread) == world * micro
     assert rows(spread) == rows(whole)
-    assert rows(whole) != rows(Feed({"aligned": EXAMPLES}, 7).step(5)["aligned"])  # control
+    assert rows(whole) != rows(Feed({"aligned": Stream(EXAMPLES)}, 7).step(5)["aligned"])  # control
 
 
 def test_a_batch_too_small_to_be_spread_is_refused():
     with pytest.raises(UsageError, match="4 processes with 2 micro-batches each need 8 rows"):
-        Feed({"aligned": EXAMPLES}, 7, 2, world=4)
+        Feed({"aligned": Stream(EXAMPLES)}, 7, 2, world=4)
 
 
 def test_a_set_smaller_than_a_step_is_repeated():
-    found = rows(Feed({"aligned": EXAMPLES[:2]}, 5).step(0)["aligned"])
+    found = rows(Feed({"aligned": Stream(EXAMPLES[:2])}, 5).step(0)["aligned"])
     assert len(found) == 5
     assert set(found) == {example.tokens for example in EXAMPLES[:2]}
 
 
+def test_a_stream_of_several_batches_takes_them_in_the_order_of_single_ones():
+    several = Feed({"a": Stream(EXAMPLES, 3)}, 4, micro=2).step(1)["a"]
+    single = [Feed({"a": Stream(EXAMPLES)}, 4, micro=2).step(number)["a"] for number in (3, 4, 5)]
+    assert [rows(batch) for batch in batch_by_batch(several, 3)] == [rows(batch) for batch in single]
+
+
+def test_streams_of_one_order_draw_the_same_places():
+    other = EXAMPLES[::-1]
+    paired = Feed({"a": Stream(EXAMPLES), "b": Stream(other, order="a")}, 4).step(2)
+    places = [[row.tokens for row in EXAMPLES].index(one) for one in rows(paired["a"])]
+    assert rows(paired["b"]) == [other[place].tokens for place in places]
+    apart = Feed({"a": Stream(EXAMPLES), "b": Stream(other)}, 4).step(2)
+    assert rows(apart["b"]) != rows(paired["b"])  # control
+
+
 def test_batches_go_to_the_device():
-    feed = Feed({"aligned": EXAMPLES}, 2, device=torch.device("meta"))
+    feed = Feed({"aligned": Stream(EXAMPLES)}, 2, device=torch.device("meta"))
     assert feed.step(0)["aligned"][0].tokens.device.type == "meta"

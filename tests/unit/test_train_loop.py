@@ -23,7 +23,7 @@ from surgery.train.losses import answer_loss, answered_count
 from surgery.train.presets import defaults, fitting, from_preset
 from surgery.train.sft import SFT
 from surgery.train.state import ADAPTER, States
-from surgery.train.step import Step, TrainedMethod
+from surgery.train.step import Step, Stream, TrainedMethod
 from surgery.train.training import Training
 
 METHODS = [SFT(), Vaccine(rho=0.5), TVaccine(rho=0.5, gamma=1), CircuitBreakers()]
@@ -43,7 +43,7 @@ def distance(one, other):
 def run_of(folder, training, *, method=None, states=None, seed=0):
     method = method or SFT()
     feed = Feed(
-        {name: rows for name, rows in examples().items() if name in method.data},
+        method.streams({name: rows for name, rows in examples().items() if name in method.data}, seed),
         training.batch_size,
         seed=seed,
     )
@@ -72,7 +72,7 @@ def same(one, other):
 @torch.no_grad()
 def test_the_loss_is_the_mean_over_answered_tokens_of_the_whole_step(folder):
     model = network.load_model(_checkpoint(folder), torch.float32).eval()
-    batches = Feed({"aligned": rows()}, 6, micro=3).step(0)["aligned"]
+    batches = Feed({"aligned": Stream(rows())}, 6, micro=3).step(0)["aligned"]
     count = answered_count(batches, Step(0, 1))
     assert count == sum(int(batch.answered.sum()) for batch in batches)
     total = sum(float(answer_loss(model, batch, count=count)) for batch in batches)
@@ -91,7 +91,7 @@ def test_the_loss_is_the_mean_over_answered_tokens_of_the_whole_step(folder):
 @torch.no_grad()
 def test_padding_and_prompt_never_enter_the_loss(folder):
     model = network.load_model(_checkpoint(folder), torch.float32).eval()
-    [batch] = Feed({"aligned": rows()}, 6).step(0)["aligned"]
+    [batch] = Feed({"aligned": Stream(rows())}, 6).step(0)["aligned"]
     loss = float(answer_loss(model, batch, count=1))
     changed = batch.tokens.where(batch.attended, torch.full_like(batch.tokens, 77))
     assert float(answer_loss(model, type(batch)(changed, batch.attended, batch.answered), count=1)) == loss
