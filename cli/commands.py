@@ -13,6 +13,7 @@ import typer
 from annotated_doc import Doc
 
 from surgery import processes
+from surgery.choices import NEGATABLE
 from surgery.errors import UsageError
 
 
@@ -39,8 +40,10 @@ def parameters(
 
 
 def _parameter(field: dataclasses.Field, hint: Any, panel: str, default: Any) -> inspect.Parameter:
-    kind, doc = get_args(hint) if get_origin(hint) is Annotated else (hint, Doc(""))
+    kind, doc, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint, Doc(""))
     option = "--" + field.name.replace("_", "-")
+    if NEGATABLE in marks:
+        option += "/--no-" + field.name.replace("_", "-")
     shape, parser, metavar = _accepted(field.name, kind)
     info = typer.Option(
         option,

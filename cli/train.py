@@ -19,6 +19,8 @@ _SETS = {
     "harmful": "Requests with the answers it must not learn: ",
     "retain": "Requests with the answers it must keep: ",
 }
+# Given, they say that an adapter is to be trained.
+_ADAPTER = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
 # Of the options of a run: reading order of a pair, and streaming, are no matters of one model that is loaded.
 _NOT_HERE = ("stream", "allow_pickle", "i_checked_the_order")
 
@@ -111,8 +113,11 @@ def _run(method: "type[TrainedMethod]", values: dict[str, Any]) -> None:
 
     commands.settle_output(values)
     preset = _preset(values)
-    given = _given(values["context"], set(presets.defaults(method, preset)))
-    record, training = presets.from_preset(method, preset, {name: values[name] for name in given})
+    names = _given(values["context"], set(presets.defaults(method, preset)))
+    given = {name: values[name] for name in names}
+    if method.whole and not names & {"full", *_ADAPTER} and not values["as_lora"]:
+        given["full"] = _whole(values)
+    record, training = presets.from_preset(method, preset, given)
     if not values["quiet"]:
         training_output.preset(preset, record, training)
     done = immunise(
@@ -135,13 +140,30 @@ def _run(method: "type[TrainedMethod]", values: dict[str, Any]) -> None:
 
 def _preset(values: dict[str, Any]) -> "Preset":
     """The preset asked for, or the one that fits the model's size."""
-    from surgery.hub import resolve
-    from surgery.hub.remote import open_source
     from surgery.train import presets
 
     if values["preset"] != "auto":
         return values["preset"]
-    checkpoint = open_source(resolve(values["model"], weights="defer"))
-    return presets.fitting(
-        values["model"], sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    )
+    return presets.fitting(values["model"], _parameters(values["model"]))
+
+
+def _whole(values: dict[str, Any]) -> bool:
+    """Whether all weights are trained by a method that is meant to, as far as memory goes."""
+    from surgery.train import presets
+
+    count = _parameters(values["model"])
+    fits = presets.whole_fits(count)
+    if not fits and not values["quiet"]:
+        output.note(
+            f"all {count / 1e9:.1f} billion weights need more memory than there is: an adapter is trained"
+        )
+    return fits
+
+
+def _parameters(model: str) -> int:
+    """How many weights the model's files hold."""
+    from surgery.hub import resolve
+    from surgery.hub.remote import open_source
+
+    checkpoint = open_source(resolve(model, weights="defer"))
+    return sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())

@@ -24,6 +24,7 @@ _PUBLIC = {
     "TVaccine": "surgery.methods.t_vaccine",
     "CircuitBreakers": "surgery.methods.circuit_breakers",
     "Booster": "surgery.methods.booster",
+    "TAR": "surgery.methods.tar",
     "verify": "surgery.verification",
     "SurgeryError": "surgery.errors",
 }
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from surgery.methods.circuit_breakers import CircuitBreakers as CircuitBreakers
     from surgery.methods.lox import LoX as LoX
     from surgery.methods.t_vaccine import TVaccine as TVaccine
+    from surgery.methods.tar import TAR as TAR
     from surgery.methods.vaccine import Vaccine as Vaccine
     from surgery.options import Options as Options
     from surgery.pipeline import Outcome as Outcome

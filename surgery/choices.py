@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from surgery.errors import UsageError
 
+NEGATABLE = "negatable"
+"""Mark in the annotation of a switch that may be on by itself, so that it has to have a form that turns it off."""
+
 
 def require_choices(record: Any) -> None:
     """Refuse a record with a value that its field's type does not list.

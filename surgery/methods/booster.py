@@ -157,16 +157,11 @@ def stepped(weights: Sequence[nn.Parameter], alpha: float) -> Iterator[None]:
     moved = [weight for weight in weights if weight.grad is not None]
     norm: Any = torch.nn.utils.get_total_norm([weight.grad for weight in moved if weight.grad is not None])
     scale = alpha / (float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) + _GUARD)
-    kept = [weight.detach().clone() for weight in moved]
-    try:
+    with perturb.restored(moved):
         with torch.no_grad():
             for weight in moved:
                 weight.sub_(weight.grad, alpha=scale)  # type: ignore[arg-type]
         yield
-    finally:
-        with torch.no_grad():
-            for weight, before in zip(moved, kept, strict=True):
-                weight.copy_(before)
 
 
 def _less(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -36,9 +36,11 @@ from annotated_doc import Doc
 from torch import Tensor, nn
 
 from surgery.choices import require_choices
-from surgery.errors import InputError, UsageError
+from surgery.errors import UsageError
 from surgery.kernels.rerouting import rerouting_loss
 from surgery.train import blocks, perturb
+from surgery.train.spreading import placed_like
+from surgery.train.states import States, distance, final_norm, hidden_states
 from surgery.train.step import Batch, Batches, Step, TrainedMethod
 
 
@@ -152,7 +154,7 @@ class CircuitBreakers(TrainedMethod):
         """
         found = blocks.find(model)
         self.targets_of(len(found.layers))
-        _norm_of(found)
+        final_norm(found)
         if not callable(getattr(model, "disable_adapter", None)):
             raise UsageError(
                 "circuit-breakers compares the model with and without its adapter: leave out --full"
@@ -182,36 +184,10 @@ class CircuitBreakers(TrainedMethod):
         return {"loss": total, "rerouting": turned, "retain": kept, "retain_share": retained / self.alpha}
 
 
-States = Sequence[Tensor]
-
-
 def rerouting(now: States, before: States, attended: Tensor, targets: Sequence[int]) -> Tensor:
     """The sum over attended tokens of max(0, cosine), averaged over the hidden states `targets`."""
     ours, theirs = (torch.stack([states[index] for index in targets]) for states in (now, before))
     return rerouting_loss(ours, theirs, attended) * attended.sum()
-
-
-def distance(now: States, before: States, attended: Tensor, *, squared: bool) -> Tensor:
-    """The sum over attended tokens of ||now - before|| (or its square), averaged over all hidden states.
-
-    In float32 or wider; at a distance of 0 the gradient is 0.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=attended.device)
-    for ours, theirs in zip(now, before, strict=True):
-        wide = torch.promote_types(ours.dtype, torch.float32)
-        apart = ours[attended].to(wide) - theirs[attended].to(wide)
-        each = apart.square().sum(-1) if squared else torch.linalg.vector_norm(apart, dim=-1)
-        total = total + each.sum()
-    return total / len(now)
-
-
-def hidden_states(model: nn.Module, found: blocks.Blocks, batch: Batch) -> list[Tensor]:
-    """The hidden states of a micro-batch as transformers counts them, of the blocks the model has now."""
-    layers = list(getattr(found.stack, found.list_name))
-    with perturb.recorded(layers, _norm_of(found)) as states:
-        # One position for the output head: nothing here is read from it.
-        model(input_ids=batch.tokens, attention_mask=batch.attended, use_cache=False, logits_to_keep=1)
-    return states
 
 
 def leave_the_start(model: nn.Module, size: float, seed: int) -> None:
@@ -223,7 +199,7 @@ def leave_the_start(model: nn.Module, size: float, seed: int) -> None:
         source = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         noise = size * torch.randn(weight.shape, generator=source)
         with torch.no_grad():
-            weight.copy_(_placed_like(noise, weight))
+            weight.copy_(placed_like(noise.to(weight.dtype), weight))
 
 
 def _mean_backward(
@@ -245,22 +221,3 @@ def _mean_backward(
         step.backward(weight * share)
         shares.append(share.detach().double())
     return torch.stack(shares).sum()
-
-
-def _norm_of(found: blocks.Blocks) -> nn.Module:
-    if found.final_norm is None:
-        raise InputError(
-            f"{type(found.stack).__name__} has no one norm after its blocks; Circuit Breakers needs it as the last "
-            "hidden state: this architecture cannot be trained by it"
-        )
-    return found.final_norm
-
-
-def _placed_like(values: Tensor, weight: Tensor) -> Tensor:
-    """The values, spread over devices as the weight is where it is a distributed tensor."""
-    values = values.to(weight.device, weight.dtype)
-    if getattr(weight, "device_mesh", None) is None:
-        return values
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(values, weight.device_mesh, weight.placements)  # type: ignore[attr-defined]

@@ -48,14 +48,13 @@ def choose(method: TrainedMethod, model: str, given: Mapping[str, Sources]) -> d
     Raises:
         UsageError: A set is missing, or given and not used.
     """
-    if unused := sorted(given.keys() - set(method.data)):
+    needed = method.sets()
+    if unused := sorted(given.keys() - set(needed)):
         raise UsageError(
-            f"{method.title} uses no {unused[0]} data; leave it out (it uses {' and '.join(method.data)})"
+            f"{method.title} uses no {unused[0]} data here; leave it out (it uses {' and '.join(needed)})"
         )
     fallback = DEMO if model.startswith("demo:") else {}
-    chosen = {
-        name: _several(given[name]) if name in given else fallback.get(name, ()) for name in method.data
-    }
+    chosen = {name: _several(given[name]) if name in given else fallback.get(name, ()) for name in needed}
     for name, sources in chosen.items():
         if not sources:
             raise UsageError(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from surgery.errors import OutputError
 from surgery.train.crew import Crew
 from surgery.train.feed import Feed
+from surgery.train.parking import Original, parked
 from surgery.train.seeding import seeded
 from surgery.train.state import Position, States, spread_like
 from surgery.train.step import Step, TrainedMethod
@@ -64,8 +66,10 @@ class Run:
         Raises:
             Diverged: A term of the loss or the gradient is NaN or infinite.
         """
-        position, saved = self.states.resume(self.model) if self.states else (Position(), None)
         model = self.crew.place(self.model)
+        folder = self.states.folder if self.states else None
+        original = Original(model, folder) if self.method.compares else nullcontext
+        position, saved = self.states.resume(model) if self.states else (Position(), None)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimiser = torch.optim.AdamW(_groups(weights, self.training), lr=self.training.lr)
         if saved is not None:
@@ -75,7 +79,7 @@ class Run:
         devices = [self.crew.device] if self.crew.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             while position.done < self.training.steps:
-                terms = self._step(model, weights, optimiser, position)
+                terms = self._step(model, weights, optimiser, position, original)
                 position.history.append(terms)
                 position.done += 1
                 if position.done % self.training.checkpoint_every == 0 and self.states:
@@ -90,12 +94,23 @@ class Run:
         weights: Sequence[nn.Parameter],
         optimiser: torch.optim.Optimizer,
         position: Position,
+        original: Callable[[], AbstractContextManager[None]],
     ) -> dict[str, float]:
         """One step of the optimiser; returns the terms of the loss, the gradient's norm and the learning rate."""
         number, total = position.done, self.training.steps
         torch.manual_seed(seeded(self.seed, "noise", self.crew.rank, number))
         crew = self.crew
-        step = Step(number, total, self.seed, crew.backward, crew.summed, crew.add_gradients, position.memory)
+        step = Step(
+            number,
+            total,
+            self.seed,
+            crew.backward,
+            crew.summed,
+            crew.add_gradients,
+            partial(parked, optimiser, self.states.folder if self.states else None),
+            original,
+            position.memory,
+        )
         rate = self.training.lr * rate_factor(number, total, self.training)
         for group in optimiser.param_groups:
             group["lr"] = rate

@@ -19,11 +19,12 @@ def answered_count(batches: Sequence[Batch], step: Step) -> int:
     return int(step.summed(own.to(batches[0].tokens.device) if batches else own))
 
 
-def answer_loss(model: nn.Module, batch: Batch, *, count: int) -> Tensor:
-    """The cross-entropy of a micro-batch's answered tokens, summed in float32 and divided by `count`; a scalar.
+def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """What predicts a micro-batch's answered tokens, and where those are.
 
-    Added up over the micro-batches and processes of a step, with `count` from `answered_count`, these are the mean
-    over all answered tokens of the step, in nats.
+    Returns:
+        Logits of shape (answered, vocabulary) in float32 or wider, the tokens they are to predict, and a mask of the
+        rows by which entry belongs to which row.
     """
     answered = batch.answered[:, 1:]
     # Logits of a whole vocabulary are the largest tensors of a small model: none where no row has an answer.
@@ -31,6 +32,16 @@ def answer_loss(model: nn.Module, batch: Batch, *, count: int) -> Tensor:
     chosen = answered[:, places]
     logits = model(
         input_ids=batch.tokens, attention_mask=batch.attended, use_cache=False, logits_to_keep=places
-    ).logits
-    targets = batch.tokens[:, 1:][:, places][chosen]
-    return cross_entropy(logits[chosen].float(), targets, reduction="sum") / count
+    ).logits[chosen]
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.to(wide), batch.tokens[:, 1:][:, places][chosen], chosen
+
+
+def answer_loss(model: nn.Module, batch: Batch, *, count: int) -> Tensor:
+    """The cross-entropy of a micro-batch's answered tokens, summed in float32 or wider over `count`; a scalar.
+
+    Added up over the micro-batches and processes of a step, with `count` from `answered_count`, these are the mean
+    over all answered tokens of the step, in nats.
+    """
+    logits, targets, _ = answer_logits(model, batch)
+    return cross_entropy(logits, targets, reduction="sum") / count

@@ -99,6 +99,18 @@ def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
+def restored(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Weights that may be moved inside the with-block, put back from a copy, bit by bit, after it."""
+    kept = [weight.detach().clone() for weight in weights]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, before in zip(weights, kept, strict=True):
+                weight.copy_(before)
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, and then in the mode it was in."""
     training = [module for module in model.modules() if module.training]

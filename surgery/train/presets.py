@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
+from surgery import resources
 from surgery.errors import UsageError
 from surgery.train.step import TrainedMethod
 from surgery.train.training import SMALL_MODEL, Training
@@ -16,8 +17,16 @@ def fitting(model: str, parameters: int) -> Preset:
     return "small" if model.startswith("demo:") or parameters < SMALL_MODEL else "paper"
 
 
-def defaults(method: type[TrainedMethod], preset: Preset) -> dict[str, Any]:
-    """Every field of the method and of `Training` by name, as the preset has it.
+def whole_fits(parameters: int) -> bool:
+    """Whether all weights of a model can be trained in the memory that is free, attackers simulated on them.
+
+    In float32 that takes weights, a copy, two gradients and two moments of AdamW; a quarter more for activations.
+    """
+    return 1.25 * 6 * 4 * parameters <= resources.memory_available()
+
+
+def defaults(method: type[TrainedMethod], preset: Preset, *, full: bool = False) -> dict[str, Any]:
+    """Every field of the method and of `Training` by name, as the preset has it for all weights or an adapter.
 
     Raises:
         UsageError: The method's preset names a field that neither of them has.
@@ -25,7 +34,9 @@ def defaults(method: type[TrainedMethod], preset: Preset) -> dict[str, Any]:
     values = {
         field.name: field.default for record in (Training, method) for field in dataclasses.fields(record)
     }
-    chosen = method.presets.get(preset, {})
+    chosen = dict(method.presets.get(preset, {}))
+    if not full:
+        chosen |= method.presets.get(f"{preset}-adapter", {})
     if unknown := sorted(chosen.keys() - values.keys()):
         raise UsageError(
             f"the preset {preset} of {method.name} sets {', '.join(unknown)}, which is no option"
@@ -50,7 +61,8 @@ def from_preset(
     """
     if preset not in ("paper", "small"):
         raise UsageError(f"preset is {preset!r}; it must be paper or small")
-    values, given = defaults(method, preset), dict(given or {})
+    given = dict(given or {})
+    values = defaults(method, preset, full=bool(given.get("full", False)))
     if unknown := sorted(given.keys() - values.keys()):
         raise UsageError(
             f"{method.title} has no option {', '.join(unknown)}; it has {', '.join(sorted(values))}"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from surgery.checkpoint.staging import fsync_folder, writing
 from surgery.errors import InputError
 from surgery.train.network import adapter_config, carried, is_adapted, whole
+from surgery.train.spreading import placed_like
 
 ADAPTER = "adapter_model.safetensors"
 WEIGHTS = "weights.safetensors"
@@ -67,7 +68,7 @@ def _sync(file: Path) -> None:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Give what the run changes the values saved in `folder`; before the model is spread over processes.
+    """Give what the run changes the values saved in `folder`.
 
     Raises:
         InputError: The folder holds other tensors than the model.
@@ -80,11 +81,11 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         )
     with torch.no_grad():
         for name, weight in own.items():
-            weight.copy_(found[name])
+            weight.copy_(placed_like(found[name], weight))
 
 
 class States:
-    """The states of a run in its work folder.
+    """The states of a run in its work folder, `folder`.
 
     Args:
         folder: The work folder, which exists.
@@ -93,16 +94,16 @@ class States:
     """
 
     def __init__(self, folder: Path, label: str, *, writes: bool = True) -> None:
-        self._folder, self._label, self._writes = folder, label, writes
+        self.folder, self._label, self._writes = folder, label, writes
 
     def last(self) -> Path | None:
         """The last state that is whole; None where there is none."""
-        found = sorted(self._folder.glob(f"{_STATE}*[0-9]"))
+        found = sorted(self.folder.glob(f"{_STATE}*[0-9]"))
         return found[-1] if found else None
 
     def save(self, model: nn.Module, optimiser: torch.optim.Optimizer, position: Position) -> None:
         """Add a state; it takes its name when it is on disk, and only then the one before it is removed."""
-        target = self._folder / f"{_STATE}{position.done:08d}"
+        target = self.folder / f"{_STATE}{position.done:08d}"
         building = target.with_suffix(".partial")
         if self._writes:
             shutil.rmtree(building, ignore_errors=True)
@@ -117,13 +118,13 @@ class States:
         before = self.last()
         fsync_folder(building)
         os.replace(building, target)
-        fsync_folder(self._folder)
+        fsync_folder(self.folder)
         if before is not None:
             shutil.rmtree(before)
 
     def clear(self) -> None:
         """Remove every state: the run is over."""
-        for folder in self._folder.glob(f"{_STATE}*"):
+        for folder in self.folder.glob(f"{_STATE}*"):
             shutil.rmtree(folder)
 
     def resume(self, model: nn.Module) -> tuple[Position, Mapping[str, Any] | None]:
@@ -148,12 +149,11 @@ def _gathered(value: Any) -> Any:
 
 def spread_like(state: Mapping[str, Any], weights: list[nn.Parameter]) -> dict[str, Any]:
     """An optimiser's state as saved, its tensors cut as FSDP cut the weights they belong to."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
 
     def cut(value: Any, weight: nn.Parameter) -> Any:
-        if not isinstance(value, Tensor) or not isinstance(weight, DTensor) or value.shape != weight.shape:
-            return value
-        return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
+        return (
+            placed_like(value, weight) if isinstance(value, Tensor) and value.shape == weight.shape else value
+        )
 
     inner = {
         number: {key: cut(value, weights[number]) for key, value in entry.items()}

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -63,6 +64,9 @@ class Step:
         summed: The sum of a tensor over all processes; the identity for one process.
         join: Makes the gradients of weights those of all processes together, for methods that need them within a
             step. The loop joins what `backward` leaves, which must therefore be this process's own.
+        parked: Puts the optimiser's state out of memory inside a with-block.
+        original: Makes the model what it was when the run began, inside a with-block; only for a method that
+            `compares`.
         memory: What the method carries from step to step: tensors, numbers, lists; saved with the run.
     """
 
@@ -72,6 +76,8 @@ class Step:
     backward: Callable[[Tensor], None] = torch.Tensor.backward
     summed: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)
     join: Callable[[Sequence[nn.Parameter]], None] = field(default=lambda weights: None)
+    parked: Callable[[], AbstractContextManager[None]] = nullcontext
+    original: Callable[[], AbstractContextManager[None]] = nullcontext
     memory: dict[str, Any] = field(default_factory=dict)
 
 
@@ -83,7 +89,9 @@ class TrainedMethod(ABC):
         name: As the command spells it.
         title: As people write it.
         paper: Where it comes from.
-        data: The data sets it needs, of aligned, harmful and retain.
+        data: The data sets it can use, of aligned, harmful and retain.
+        compares: Whether a step looks at the model as it was when the run began.
+        whole: Whether it is meant to train all weights, where there is memory for them.
         presets: Under `paper` and `small`, values of its own fields and of those of `Training`.
     """
 
@@ -91,11 +99,17 @@ class TrainedMethod(ABC):
     title: ClassVar[str]
     paper: ClassVar[str]
     data: ClassVar[tuple[str, ...]]
+    compares: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @abstractmethod
     def equation(self) -> str:
         """What is minimised, with numbers, in one line."""
+
+    def sets(self) -> tuple[str, ...]:
+        """The data sets that this record needs; all of `data`, if not overridden."""
+        return self.data
 
     def layers(self, depth: int) -> range:
         """The decoder blocks it trains, from 0, of a model that has `depth` of them; all, if not overridden."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_doc import Doc
 
-from surgery.choices import require_choices
+from surgery.choices import NEGATABLE, require_choices
 from surgery.errors import UsageError
 
 SMALL_MODEL = 50_000_000
@@ -39,7 +39,7 @@ class Training:
             "Names of the linear layers that get the adapter, as q_proj,v_proj; by default all of a block's."
         ),
     ] = None
-    full: Annotated[bool, Doc("Train all weights, not an adapter.")] = False
+    full: Annotated[bool, Doc("Train all weights, not an adapter."), NEGATABLE] = False
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"],
         Doc("Of the forward pass; what is trained is held in float32. auto: bfloat16 on a GPU that has it."),
