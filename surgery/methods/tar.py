@@ -41,19 +41,16 @@ from annotated_doc import Doc
 from torch import Tensor, nn
 
 from surgery.choices import require_choices
-from surgery.errors import InputError, UsageError
-from surgery.train import adversaries, blocks, perturb
+from surgery.errors import UsageError
+from surgery.train import adversaries, blocks, held_out, perturb
 from surgery.train.adversaries import Mixture
 from surgery.train.entropy import Where
 from surgery.train.losses import answer_loss, answered_count
 from surgery.train.preference import pairs
 from surgery.train.resistance import Measure, minus_entropy, preference
-from surgery.train.seeding import seeded
 from surgery.train.states import distance, final_norm, hidden_states
 from surgery.train.step import Batch, Batches, Step, Stream, TrainedMethod, batch_by_batch
 
-# Of the prompts in the harmful data, the share that attackers never see: the authors' fifth.
-_HELD_OUT = 0.2
 # The authors' strength of preference.
 _BETA = 0.1
 
@@ -87,7 +84,7 @@ class TAR(TrainedMethod):
         Literal["norm", "squared"],
         Doc("How far hidden states moved: norm as in the code, squared as in the text of the paper."),
     ] = "norm"
-    attacks: Annotated[int, Doc("Attacks at a step, of --form tutorial.")] = 1
+    attacks: Annotated[int, Doc("Attacks at a step, in the form of the tutorial.")] = 1
     form: Annotated[
         Literal["paper", "tutorial"],
         Doc("tutorial: the mean of the losses at the ends of attacks; cross-entropy alone to retain."),
@@ -117,15 +114,15 @@ class TAR(TrainedMethod):
         },
         "small": {
             "inner_steps": 16,
-            "adversary_lr": "2e-4,5e-4,1e-3",
-            "steps": 20,
+            "lam_tr": 1.0,
+            "adversary_lr": "1e-4,3e-4",
+            "adversary_lora": 0.5,
+            "steps": 40,
             "batch_size": 8,
-            "lr": 5e-4,
-            "schedule": "constant",
-            "warmup": 0.1,
+            "lr": 1e-3,
         },
         "small-adapter": {
-            "adversary_lr": "2e-3,5e-3,1e-2",
+            "adversary_lr": "1e-3,3e-3",
             "lr": 5e-3,
             "lora_rank": 16,
             "lora_alpha": 32,
@@ -203,16 +200,16 @@ class TAR(TrainedMethod):
         Raises:
             InputError: The harmful rows have fewer than two prompts, or no preference has both answers.
         """
-        seen, held_out = _split(rows["harmful"], seed)
+        seen, unseen = held_out.split(rows["harmful"], seed)
         steps = self.inner_steps * self.attacks
         found = {
             "attack": Stream(seen, steps),
             "attack_retain": Stream(rows["retain"], steps),
-            "held_out": Stream(held_out, self.attacks),
+            "held_out": Stream(unseen, self.attacks),
             "retain": Stream(rows["retain"]),
         }
         if self.resistance == "dpo":
-            refusals, answers = pairs(rows["aligned"], held_out)
+            refusals, answers = pairs(rows["aligned"], unseen)
             found["held_out"] = Stream(answers, self.attacks)
             found["preferred"] = Stream(refusals, self.attacks, order="held_out")
         return found
@@ -237,9 +234,7 @@ class TAR(TrainedMethod):
                     found = self._attack(model, weights, gathered, batches, step, number)
                     terms = {name: terms[name] + value for name, value in found.items()}
         kept = self._retain(model, batches["retain"], step)
-        for weight, gradient in zip(weights, gathered, strict=True):
-            if gradient is not None:
-                weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+        adversaries.give_back(weights, gathered)
         loss = self.lam_tr * terms.pop("weighted") + self.lam_retain * sum(kept.values())
         return {"loss": loss, **{name: value / self.attacks for name, value in terms.items()}, **kept}
 
@@ -264,7 +259,7 @@ class TAR(TrainedMethod):
                     learned.append(attack.learn(lessons[taken - 1]))
                 if taken in shares:
                     resisted.append(measure(self.lam_tr * shares[taken]))
-                    _collect(weights, gathered)
+                    adversaries.gather(weights, gathered)
         ends = [learned[0], learned[-1]] if learned else [torch.zeros_like(resisted[0])] * 2
         weighted = torch.stack(
             [part * share for part, share in zip(resisted, shares.values(), strict=True)]
@@ -279,11 +274,11 @@ class TAR(TrainedMethod):
 
     def _measure(self, model: nn.Module, batches: Batches, step: Step, number: int) -> Measure:
         """What measures resistance on the held-out rows of one attack."""
-        held_out = batch_by_batch(batches["held_out"], self.attacks)[number]
+        rows = batch_by_batch(batches["held_out"], self.attacks)[number]
         if self.resistance == "entropy":
-            return minus_entropy(model, held_out, self.positions, step)
+            return minus_entropy(model, rows, self.positions, step)
         preferred = batch_by_batch(batches["preferred"], self.attacks)[number]
-        return preference(model, preferred, held_out, _BETA, step)
+        return preference(model, preferred, rows, _BETA, step)
 
     def _retain(self, model: nn.Module, batches: Sequence[Batch], step: Step) -> dict[str, float]:
         """Adds the gradient of what is to be retained; its parts over all processes."""
@@ -315,29 +310,3 @@ def _kept(
 
 def _attended(batches: Sequence[Batch]) -> Tensor:
     return torch.stack([batch.attended.sum() for batch in batches]).sum()
-
-
-def _collect(weights: Sequence[nn.Parameter], gathered: list[Tensor | None]) -> None:
-    """Move the gradients of weights to what was gathered before: one sum of them is held, whatever the steps."""
-    for place, weight in enumerate(weights):
-        if weight.grad is not None:
-            before = gathered[place]
-            gathered[place] = weight.grad if before is None else before.add_(weight.grad)
-            weight.grad = None
-
-
-def _split(rows: Sequence[Any], seed: int) -> tuple[list[Any], list[Any]]:
-    """Rows for attackers, and rows whose prompts no attacker sees: a fifth of the prompts, at least one."""
-    prompts = list(dict.fromkeys(example.tokens[: example.prompt] for example in rows))
-    if len(prompts) < 2:
-        raise InputError(
-            f"the harmful rows have {len(prompts)} prompt; TAR needs 2 or more, as it measures on prompts that its "
-            "attackers do not see: add rows to --harmful-data"
-        )
-    source = torch.Generator().manual_seed(seeded(seed, "held out") % 2**32)
-    order = torch.randperm(len(prompts), generator=source).tolist()
-    apart = {prompts[place] for place in order[: max(1, round(_HELD_OUT * len(prompts)))]}
-    return (
-        [example for example in rows if example.tokens[: example.prompt] not in apart],
-        [example for example in rows if example.tokens[: example.prompt] in apart],
-    )

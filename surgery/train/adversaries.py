@@ -33,12 +33,16 @@ class Adversary:
         switch: The step, from 0, from which it trains on harmful rows; on retain rows before that.
         fresh: Whether it trains a LoRA of its own, and not what is trained.
         seed: Of its LoRA.
+        decay: Its weight decay; torch's usual one by default, as TAR's attackers have.
+        clip: Norm to which its gradient is cut; None for none.
     """
 
     rate: float
     switch: int
     fresh: bool
     seed: int
+    decay: float = 0.01
+    clip: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Attack:
         model: The attacked model.
         moved: What the attacker trains.
         still: What is trained by the run and not by the attacker.
+        start: The values that `moved` began with.
         adversary: Who attacks.
         step: Of the run.
     """
@@ -90,12 +95,13 @@ class Attack:
         model: nn.Module,
         moved: Sequence[nn.Parameter],
         still: Sequence[nn.Parameter],
+        start: Sequence[Tensor],
         adversary: Adversary,
         step: Step,
     ) -> None:
         self._model, self._moved, self._still, self._step = model, moved, still, step
-        self._own = adversary.fresh
-        self._optimiser = torch.optim.AdamW(moved, lr=adversary.rate)
+        self._start, self._adversary = start, adversary
+        self._optimiser = torch.optim.AdamW(moved, lr=adversary.rate, weight_decay=adversary.decay)
 
     def learn(self, batches: Sequence[Batch]) -> Tensor:
         """One step of the attacker on these micro-batches; this process's part of its loss before that step."""
@@ -106,13 +112,31 @@ class Attack:
                 loss = answer_loss(self._model, batch, count=count)
                 self._step.backward(loss)
                 losses.append(loss.detach().double())
-        if self._own:
+        if self._adversary.fresh:
             _add_up(self._moved, self._step)
         else:
             self._step.join(self._moved)
+        if self._adversary.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self._moved, self._adversary.clip)
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         return torch.stack(losses).sum()
+
+
+def gather(weights: Sequence[nn.Parameter], gathered: list[Tensor | None]) -> None:
+    """Move the gradients of weights to what was gathered before: one sum of them is held, however often."""
+    for place, weight in enumerate(weights):
+        if weight.grad is not None:
+            before = gathered[place]
+            gathered[place] = weight.grad if before is None else before.add_(weight.grad)
+            weight.grad = None
+
+
+def give_back(weights: Sequence[nn.Parameter], gathered: Sequence[Tensor | None]) -> None:
+    """Add what was gathered to the gradients of the weights."""
+    for weight, gradient in zip(weights, gathered, strict=True):
+        if gradient is not None:
+            weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
 
 
 def _add_up(weights: Sequence[nn.Parameter], step: Step) -> None:
@@ -141,10 +165,10 @@ def attacking(
     with ExitStack() as stack:
         if adversary.fresh:
             moved = stack.enter_context(fresh_adapter(model, adversary.seed))
-            yield Attack(model, moved, weights, adversary, step)
+            yield Attack(model, moved, weights, (), adversary, step)
         else:
-            stack.enter_context(perturb.restored(weights))
-            yield Attack(model, weights, (), adversary, step)
+            start = stack.enter_context(perturb.restored(weights))
+            yield Attack(model, weights, (), start, adversary, step)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """Losses over the answered tokens of a whole step: sums over micro-batches and processes, divided once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from surgery.train.step import Batch, Step
@@ -19,7 +20,7 @@ def answered_count(batches: Sequence[Batch], step: Step) -> int:
     return int(step.summed(own.to(batches[0].tokens.device) if batches else own))
 
 
-def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def answer_logits(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """What predicts a micro-batch's answered tokens, and where those are.
 
     Returns:
@@ -37,7 +38,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tenso
     return logits.to(wide), batch.tokens[:, 1:][:, places][chosen], chosen
 
 
-def answer_loss(model: nn.Module, batch: Batch, *, count: int) -> Tensor:
+def answer_loss(model: Callable[..., Any], batch: Batch, *, count: int) -> Tensor:
     """The cross-entropy of a micro-batch's answered tokens, summed in float32 or wider over `count`; a scalar.
 
     Added up over the micro-batches and processes of a step, with `count` from `answered_count`, these are the mean

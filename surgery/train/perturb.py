@@ -99,11 +99,11 @@ def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def restored(weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Weights that may be moved inside the with-block, put back from a copy, bit by bit, after it."""
+def restored(weights: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """Weights that may be moved inside the with-block, put back from the copies given, bit by bit, after it."""
     kept = [weight.detach().clone() for weight in weights]
     try:
-        yield
+        yield kept
     finally:
         with torch.no_grad():
             for weight, before in zip(weights, kept, strict=True):

@@ -40,13 +40,13 @@ class Laboratory:
         return network.load_model(self.source, torch.float32).eval()
 
     def trained(self, method, **training):
-        """The model with the trained adapter folded in, and the terms of every step."""
+        """The model with what was trained (an adapter folded in), and the terms of every step."""
         _, chosen = presets.from_preset(type(method), "small", training)
         torch.manual_seed(0)
         model = network.make_trainable(self.model(), method, chosen, label="demo:aligned", seed=0)
-        used = {name: self.train[name] for name in method.data}
+        used = {name: self.train[name] for name in method.sets()}
         history = loop.Run(method, model, feed.Feed(method.streams(used, 0), chosen.batch_size), chosen).fit()
-        return model.merge_and_unload().eval(), history
+        return (model if chosen.full else model.merge_and_unload()).eval(), history
 
     def attacked(self, model, steps, *, peak=5e-4):
         """A copy after plain LoRA training on compliant answers, as `surgery.demo.attack` does it."""

@@ -412,7 +412,7 @@ def test_attackers_never_see_the_prompts_that_resistance_is_measured_on():
         "attack": 8, "attack_retain": 8, "held_out": 1, "retain": 1,
     }  # fmt: skip
     assert TAR().streams(rows, 4)["held_out"].rows != streams["held_out"].rows
-    with pytest.raises(InputError, match=r"1 prompt.*2 or more"):
+    with pytest.raises(InputError, match=r"1 prompt; 2 or more"):
         TAR().streams({**rows, "harmful": harmful[:3]}, 0)
 
 
