@@ -33,7 +33,7 @@ bench: $(VENV)/.dev  ## measure, about an hour on a quiet machine; fills docs/pe
 	$(BIN)/python -m benchmarks.scale
 
 bench-train: $(VENV)/.dev  ## only what the training methods and the merge cost
-	$(BIN)/python -m benchmarks --only training,merging
+	$(BIN)/python -m benchmarks --only training,bilevel,merging
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

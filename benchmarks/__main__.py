@@ -29,6 +29,9 @@ CORRECTNESS = (
     "tests/theory/test_vaccine.py",
     "tests/theory/test_t_vaccine.py",
     "tests/theory/test_circuit_breakers.py",
+    "tests/theory/test_booster.py",
+    "tests/theory/test_tar.py",
+    "tests/theory/test_mlac.py",
     "tests/unit/test_workers.py",
     "tests/e2e/test_files_in_files_out.py",
 )
@@ -37,6 +40,7 @@ CORRECTNESS = (
 def benchmarks(folder: Path, repeats: int) -> dict[str, Callable[[], Sequence[Any]]]:
     """The benchmarks by name, in the order of the table."""
     from benchmarks import (
+        bilevel,
         copying,
         decomposition,
         kinds,
@@ -58,6 +62,7 @@ def benchmarks(folder: Path, repeats: int) -> dict[str, Callable[[], Sequence[An
         "scaling": lambda: scaling.rows(folder, repeats),
         "stages": lambda: stages.rows(folder),
         "training": lambda: training.rows(repeats),
+        "bilevel": lambda: bilevel.rows(repeats),
         "merging": lambda: merging.rows(folder, repeats),
     }
 
