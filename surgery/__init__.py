@@ -25,6 +25,7 @@ _PUBLIC = {
     "CircuitBreakers": "surgery.methods.circuit_breakers",
     "Booster": "surgery.methods.booster",
     "TAR": "surgery.methods.tar",
+    "MLAC": "surgery.methods.mlac",
     "verify": "surgery.verification",
     "SurgeryError": "surgery.errors",
 }
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from surgery.methods.booster import Booster as Booster
     from surgery.methods.circuit_breakers import CircuitBreakers as CircuitBreakers
     from surgery.methods.lox import LoX as LoX
+    from surgery.methods.mlac import MLAC as MLAC
     from surgery.methods.t_vaccine import TVaccine as TVaccine
     from surgery.methods.tar import TAR as TAR
     from surgery.methods.vaccine import Vaccine as Vaccine

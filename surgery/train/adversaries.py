@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from surgery.train import blocks, perturb
 from surgery.train.losses import answer_loss, answered_count
 from surgery.train.seeding import seeded
+from surgery.train.spreading import local
 from surgery.train.step import Batch, Step
 
 # Of TAR's attackers: where an attacker goes over to harmful rows, as a share of its steps.
@@ -35,6 +36,7 @@ class Adversary:
         seed: Of its LoRA.
         decay: Its weight decay; torch's usual one by default, as TAR's attackers have.
         clip: Norm to which its gradient is cut; None for none.
+        eps: The constant of its AdamW.
     """
 
     rate: float
@@ -43,6 +45,7 @@ class Adversary:
     seed: int
     decay: float = 0.01
     clip: float | None = None
+    eps: float = 1e-8
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,9 @@ class Attack:
     ) -> None:
         self._model, self._moved, self._still, self._step = model, moved, still, step
         self._start, self._adversary = start, adversary
-        self._optimiser = torch.optim.AdamW(moved, lr=adversary.rate, weight_decay=adversary.decay)
+        self._optimiser = torch.optim.AdamW(
+            moved, lr=adversary.rate, weight_decay=adversary.decay, eps=adversary.eps
+        )
 
     def learn(self, batches: Sequence[Batch]) -> Tensor:
         """One step of the attacker on these micro-batches; this process's part of its loss before that step."""
@@ -121,6 +126,15 @@ class Attack:
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         return torch.stack(losses).sum()
+
+    def along(self) -> Tensor:
+        """This process's part of the present gradient times how far the weights have moved, in float64."""
+        parts = [
+            (local(weight.grad).double() * (local(weight.detach()) - local(start)).double()).sum()
+            for weight, start in zip(self._moved, self._start, strict=True)
+            if weight.grad is not None
+        ]
+        return torch.stack(parts).sum()
 
 
 def gather(weights: Sequence[nn.Parameter], gathered: list[Tensor | None]) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from surgery.train.spreading import local
 
 _ALIGNED = 64
 
@@ -23,7 +24,7 @@ class Aside:
     """
 
     def __init__(self, tensors: Sequence[Tensor], folder: Path | None = None) -> None:
-        parts = [_local(tensor) for tensor in tensors]
+        parts = [local(tensor) for tensor in tensors]
         starts = [0, *accumulate(-(-part.nbytes // _ALIGNED) * _ALIGNED for part in parts)]
         with tempfile.TemporaryFile(dir=folder) as file:
             file.truncate(starts[-1] or 1)
@@ -41,7 +42,7 @@ class Aside:
         """Copy the values into these tensors, which are shaped and cut as the first ones were."""
         with torch.no_grad():
             for tensor, copy in zip(tensors, self._copies, strict=True):
-                _local(tensor).copy_(copy)
+                local(tensor).copy_(copy)
 
 
 @contextmanager
@@ -54,14 +55,14 @@ def parked(optimiser: torch.optim.Optimizer, folder: Path | None = None) -> Iter
         if isinstance(value, Tensor) and value.dim() > 0
     ]
     aside = Aside(tensors, folder)
-    sizes = [_local(tensor).untyped_storage().nbytes() for tensor in tensors]
+    sizes = [local(tensor).untyped_storage().nbytes() for tensor in tensors]
     for tensor in tensors:
-        _local(tensor).untyped_storage().resize_(0)
+        local(tensor).untyped_storage().resize_(0)
     try:
         yield
     finally:
         for tensor, size in zip(tensors, sizes, strict=True):
-            _local(tensor).untyped_storage().resize_(size)
+            local(tensor).untyped_storage().resize_(size)
         aside.put_back(tensors)
 
 
@@ -86,17 +87,11 @@ class Original:
                 yield
             return
         weights = [weight for weight in self._model.parameters() if weight.requires_grad]
-        now = [_local(weight.detach()).clone() for weight in weights]
+        now = [local(weight.detach()).clone() for weight in weights]
         self._first.put_back(weights)
         try:
             yield
         finally:
             with torch.no_grad():
                 for weight, value in zip(weights, now, strict=True):
-                    _local(weight).copy_(value)
-
-
-def _local(tensor: Any) -> Tensor:
-    """The part of a tensor that this process holds."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part.detach()
+                    local(weight).copy_(value)

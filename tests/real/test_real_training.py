@@ -13,18 +13,39 @@ DATA = {
     "vaccine": ("aligned",),
     "t-vaccine": ("aligned", "harmful"),
     "circuit-breakers": ("harmful", "retain"),
+    "booster": ("aligned", "harmful"),
+    "tar": ("harmful", "retain"),
+    "mlac": ("aligned", "harmful", "retain"),
 }
+# Of the methods that simulate attackers: an adapter as for the others, and attacks that end.
+MORE = {
+    "tar": ("--no-full", "--inner-steps", "16", "--adversary-lr", "1e-3"),
+    "mlac": ("--inner-steps", "2"),
+}
+LONG = ("booster", "tar", "mlac")
 SETS = {"aligned": "demo:refusals", "harmful": "demo:harmful", "retain": "demo:benign"}
 # The papers' settings, but for the length of the run and the size of a step.
 BRIEF = ("--preset", "paper", "--steps", "2", "--batch-size", "4", "--max-length", "64", "--warmup", "0")
 
 
-@pytest.mark.parametrize("method", DATA)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.nightly) if name in LONG else name for name in DATA]
+)
 def test_a_trained_model_is_the_model_and_its_adapter(pairs, command, tmp_path, method):
     model, out = pairs["short"].aligned, tmp_path / "out"
     data = [word for name in DATA[method] for word in (f"--{name}-data", SETS[name])]
     done = command(
-        method, model.folder, *data, *BRIEF, "--lora-alpha", 16, "-o", out, "--keep-adapter", "--json"
+        method,
+        model.folder,
+        *data,
+        *BRIEF,
+        *MORE.get(method, ()),
+        "--lora-alpha",
+        16,
+        "-o",
+        out,
+        "--keep-adapter",
+        "--json",
     )
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)

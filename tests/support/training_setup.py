@@ -3,13 +3,32 @@
 import torch
 
 from surgery.checkpoint.layout import open_checkpoint
+from surgery.methods.booster import Booster
+from surgery.methods.circuit_breakers import CircuitBreakers
+from surgery.methods.mlac import MLAC
+from surgery.methods.t_vaccine import TVaccine
+from surgery.methods.tar import TAR
+from surgery.methods.vaccine import Vaccine
 from surgery.train import network
 from surgery.train.feed import Feed
+from surgery.train.parking import Original
+from surgery.train.sft import SFT
 from surgery.train.step import Step
 from surgery.train.tokens import Example
 from surgery.train.training import Training
 
 SETS = ("aligned", "harmful", "retain")
+METHODS = [
+    SFT(),
+    Vaccine(rho=0.5),
+    TVaccine(rho=0.5, gamma=1),
+    CircuitBreakers(),
+    Booster(),
+    TAR(inner_steps=4, every=2, adversary_lr="1e-3", adversary_switch=1.0, positions="attended"),
+    TAR(inner_steps=4, every=2, adversary_lr="1e-3", adversary_lora=1.0, positions="attended"),
+    MLAC(inner_steps=3, inner_lr=1e-3, first_order=True),
+]
+"""Every method once (TAR by either kind of attacker), with options that show on a tiny model in a few steps."""
 
 
 def rows(count=24, vocabulary=128, seed=0):
@@ -40,7 +59,7 @@ def trainable(folder, method, training, seed=0, noise=0.05):
 
 def gradients(model, method, training, crew, number=0, seed=0):
     """Every gradient of one step in one vector, as the loop would have it before clipping; None counts as zero."""
-    sets = {name: rows for name, rows in examples().items() if name in method.data}
+    sets = {name: rows for name, rows in examples().items() if name in method.sets()}
     feed = Feed(
         method.streams(sets, seed),
         training.batch_size,
@@ -55,7 +74,9 @@ def gradients(model, method, training, crew, number=0, seed=0):
     for weight in weights:
         weight.grad = None
     model.train()
-    step = Step(number, training.steps, seed, crew.backward, crew.summed, crew.add_gradients)
+    step = Step(
+        number, training.steps, seed, crew.backward, crew.summed, crew.add_gradients, original=Original(model)
+    )
     method.backward(model, feed.step(number), step)
     crew.add_gradients(weights)
     found = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]

@@ -43,7 +43,7 @@ def distance(one, other):
 def run_of(folder, training, *, method=None, states=None, seed=0):
     method = method or SFT()
     feed = Feed(
-        method.streams({name: rows for name, rows in examples().items() if name in method.data}, seed),
+        method.streams({name: rows for name, rows in examples().items() if name in method.sets()}, seed),
         training.batch_size,
         seed=seed,
     )
@@ -400,4 +400,4 @@ def test_the_small_preset_is_for_the_embedded_pair_and_small_models():
 
 
 def test_every_set_has_a_name_that_methods_use():
-    assert {name for method in METHODS for name in method.data} == set(SETS)
+    assert {name for method in METHODS for name in method.sets()} == set(SETS)
