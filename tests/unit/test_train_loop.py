@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 from training_setup import SETS, examples, gradients, plain, rows, trainable
 
+from surgery import resources
 from surgery.errors import InputError, UsageError
 from surgery.methods.circuit_breakers import CircuitBreakers
 from surgery.methods.t_vaccine import TVaccine
+from surgery.methods.tar import TAR
 from surgery.methods.vaccine import Vaccine
 from surgery.testing import tiny_model
 from surgery.train import network
@@ -20,7 +22,7 @@ from surgery.train.crew import Crew
 from surgery.train.feed import Feed
 from surgery.train.loop import Diverged, Run, rate_factor
 from surgery.train.losses import answer_loss, answered_count
-from surgery.train.presets import defaults, fitting, from_preset
+from surgery.train.presets import defaults, fitting, from_preset, whole_fits
 from surgery.train.sft import SFT
 from surgery.train.state import ADAPTER, States
 from surgery.train.step import Step, Stream, TrainedMethod
@@ -401,3 +403,18 @@ def test_the_small_preset_is_for_the_embedded_pair_and_small_models():
 
 def test_every_set_has_a_name_that_methods_use():
     assert {name for method in METHODS for name in method.sets()} == set(SETS)
+
+
+@pytest.mark.parametrize("preset", ["paper", "small"])
+def test_a_preset_has_other_rates_for_an_adapter_than_for_all_weights(preset):
+    whole, adapter = (from_preset(TAR, preset, {"full": full}) for full in (True, False))
+    assert whole[1].lr < adapter[1].lr
+    assert whole[0].mixture().rates[0] < adapter[0].mixture().rates[0]
+    assert whole[0].inner_steps == adapter[0].inner_steps
+    assert from_preset(TAR, preset, {"full": False, "lr": 0.25})[1].lr == 0.25
+
+
+def test_all_weights_fit_as_far_as_memory_goes(monkeypatch):
+    monkeypatch.setattr(resources, "memory_available", lambda: 30 * 10**9)
+    assert whole_fits(10**9)
+    assert not whole_fits(10**9 + 1)
