@@ -71,6 +71,11 @@ def warnings(done: "Trained") -> None:
     """What a careful user should know about a run, on stderr."""
     for note in done.notes:
         output.note(f"warning: {note}")
+    if done.merged is not None and done.merged.totals["unchanged"]:
+        output.note(
+            f"warning: of {done.merged.totals['unchanged']} tensors nothing is changed in their dtype; "
+            "surgery.tensors.jsonl names them, and --dtype float32 keeps what was trained"
+        )
     if done.merged is not None and (done.merged.totals["retention_min"] or 1) < 0.99:
         kept = output.percent(done.merged.totals["retention_min"])
         output.note(f"warning: a tensor keeps {kept} of its edit; --dtype float32 or --as-lora keeps more")

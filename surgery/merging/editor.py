@@ -20,7 +20,7 @@ from surgery.editing import (
 )
 from surgery.errors import InputError
 from surgery.merging.deltas import Deltas, rank_of
-from surgery.merging.landing import Lora, Part, Replaced
+from surgery.merging.landing import Added, Lora, Part, Replaced
 from surgery.options import Options
 from surgery.plan import Step
 from surgery.rounding import Stored, store
@@ -47,6 +47,9 @@ def workspace(parts: Sequence[Part], shape: Sequence[int], dtype: str) -> int:
 
 class MergeEditor(AbstractEditor):
     """Adds deltas to tensors of a model.
+
+    A vector of which training changed too little for its dtype (norms, where all weights are trained) stays as it is
+    and is named among the unchanged: there are no factors along which what is lost could be made up for.
 
     Args:
         parts: What each edited tensor gets, by its name.
@@ -87,7 +90,7 @@ class MergeEditor(AbstractEditor):
         else:
             stored = self._added(anchor, parts, step)
         if stored is None:
-            return Edited(None, {"name": step.name, "action": "unchanged", "reason": "its delta is zero"})
+            return _unchanged(step, "its delta is zero")
         record: Record = {
             "name": step.name,
             "action": "edit",
@@ -95,6 +98,8 @@ class MergeEditor(AbstractEditor):
             "rank": step.rank,
             **storage_figures([stored]),
         }
+        if not record["changed"] and max(shape) == math.prod(shape) and isinstance(parts[0], Added):
+            return _unchanged(step, f"its delta is below half the spacing of {step.dtype} at every value")
         require_change(record)
         return Edited(stored.weight.reshape(shape).cpu(), record)
 
@@ -130,6 +135,10 @@ class MergeEditor(AbstractEditor):
             return None, parts
         saved = self._deltas.replacement(parts[0]).float().reshape(anchor.shape)
         return (None if torch.equal(saved, anchor.float()) else saved), parts[1:]
+
+
+def _unchanged(step: Step, reason: str) -> Edited:
+    return Edited(None, {"name": step.name, "action": "unchanged", "reason": reason})
 
 
 def _replaced(anchor: Tensor, new: Tensor, dtype: torch.dtype, name: str) -> Stored | None:

@@ -6,8 +6,8 @@ and the step's number, so that a run that was killed and taken up again gives th
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import OutputError
+from surgery.errors import OutputError, SurgeryError
 from surgery.train.crew import Crew
 from surgery.train.feed import Feed
 from surgery.train.parking import Original, parked
@@ -31,9 +31,7 @@ Progress = Callable[[int, int, dict[str, float], float], None]
 class Diverged(OutputError):  # noqa: N818 - what happened, in one word
     """A loss or a gradient is no finite number; what was saved of the run is kept, if anything was."""
 
-    def __init__(self, message: str, *, saved: bool) -> None:
-        super().__init__(message)
-        self.resumable = saved
+    resumable = True
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Run:
             optimiser.load_state_dict(spread_like(saved, ordered))
         pace = _Pace(self.training.steps - position.done)
         devices = [self.crew.device] if self.crew.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), self._worth_keeping():
             while position.done < self.training.steps:
                 terms = self._step(model, weights, optimiser, position, original)
                 position.history.append(terms)
@@ -87,6 +85,16 @@ class Run:
                 if progress is not None:
                     progress(position.done, self.training.steps, terms, pace.left())
         return position.history
+
+    @contextmanager
+    def _worth_keeping(self) -> Iterator[None]:
+        """A block whose errors leave a run to take up only where a state of it was saved."""
+        try:
+            yield
+        except SurgeryError as error:
+            if self.states is None or self.states.last() is None:
+                error.resumable = False
+            raise
 
     def _step(
         self,
@@ -136,8 +144,7 @@ class Run:
         last = self.states.last() if self.states else None
         raise Diverged(
             f"step {number + 1} of {self.training.steps}: {bad[0]} is {terms[bad[0]]}; the last good checkpoint is "
-            f"{last or 'none'}; lower --lr (here {self.training.lr:g}) and train again",
-            saved=last is not None,
+            f"{last or 'none'}; lower --lr (here {self.training.lr:g}) and train again"
         )
 
 

@@ -22,6 +22,7 @@ from surgery.train.crew import Crew
 from surgery.train.running import immunise
 from surgery.train.sft import SFT
 from surgery.train.training import Training
+from surgery.verification import verify
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -243,3 +244,22 @@ def test_two_processes_train_save_and_merge(place, config):
     size = sum(float(two[name].square().sum()) for name in one) ** 0.5
     # AdamW divides by the size of a gradient, so that what is near zero takes its sign from rounding.
     assert drift < 0.02 * size
+
+
+def test_a_vector_that_its_dtype_has_no_room_to_change_is_named_and_the_run_ends_well(place):
+    """All weights at a rate that moves the norms by less than half the spacing of bfloat16 at 1."""
+    training = Training(steps=2, batch_size=4, lr=2e-5, full=True)
+    done = immunise(SFT(), model="demo:aligned", output="out", training=training)
+    records = [json.loads(line) for line in (done.output / "surgery.tensors.jsonl").read_text().splitlines()]
+    kept = {record["name"]: record["reason"] for record in records if record["action"] == "unchanged"}
+    assert kept
+    assert all("norm" in name and "half the spacing of BF16" in reason for name, reason in kept.items())
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (demo.folder("aligned"), done.output)
+    )
+    assert {name for name in before if torch.equal(before[name], after[name])} == set(kept)
+    verify(done.output)
+    wide = immunise(
+        SFT(), model="demo:aligned", output="wide", training=training, options=Options(dtype="float32")
+    )
+    assert wide.merged.totals["unchanged"] == 0  # control: there was something to keep

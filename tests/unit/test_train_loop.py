@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from training_setup import SETS, examples, gradients, plain, rows, trainable
 
 from surgery import resources
-from surgery.errors import InputError, UsageError
+from surgery.errors import InputError, ResourceError, UsageError
 from surgery.methods.circuit_breakers import CircuitBreakers
 from surgery.methods.t_vaccine import TVaccine
 from surgery.methods.tar import TAR
@@ -23,6 +23,7 @@ from surgery.train.feed import Feed
 from surgery.train.loop import Diverged, Run, rate_factor
 from surgery.train.losses import answer_loss, answered_count
 from surgery.train.presets import defaults, fitting, from_preset, whole_fits
+from surgery.train.running import immunise
 from surgery.train.sft import SFT
 from surgery.train.state import ADAPTER, States
 from surgery.train.step import Step, Stream, TrainedMethod
@@ -311,6 +312,25 @@ def test_a_number_that_is_none_stops_the_run_and_names_the_last_good_state(folde
     assert str(tmp_path / "state-00000002") in message
     assert (tmp_path / "state-00000002" / ADAPTER).is_file()
     assert all(bool(value.isfinite().all()) for value in network.carried(run.model).values())
+
+
+def test_a_refusal_before_anything_was_saved_leaves_nothing_and_one_after_it_the_state(tmp_path, monkeypatch):
+    """Memory may be there later, but there is nothing yet to go on from."""
+    real = SFT.backward
+
+    def refuse(at):
+        def backward(self, model, batches, step):
+            if step.number == at:
+                raise ResourceError("too little memory")
+            return real(self, model, batches, step)
+
+        monkeypatch.setattr(SFT, "backward", backward)
+        with pytest.raises(ResourceError, match="too little memory"):
+            immunise(SFT(), model="demo:aligned", output=tmp_path / "out", training=plain(batch_size=4))
+        return [path.name for path in tmp_path.iterdir()]
+
+    assert refuse(1) == []
+    assert refuse(3) == ["out-adapter.partial"]
 
 
 # The model.
