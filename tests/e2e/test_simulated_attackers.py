@@ -65,6 +65,7 @@ def resistant(laboratory):
     return laboratory.trained(method, full=True)
 
 
+@pytest.mark.nightly
 def test_tar_resists_an_attack_longer_than_entropy_alone(laboratory, resistant):
     model, history = resistant
     whole, _ = from_preset(TAR, "small", {"full": True})
@@ -78,6 +79,7 @@ def test_tar_resists_an_attack_longer_than_entropy_alone(laboratory, resistant):
     assert history[-1]["resistance"] < 2 * history[0]["resistance"] < 0
 
 
+@pytest.mark.nightly
 def test_tar_costs_some_of_what_is_retained(laboratory, resistant):
     model, before = resistant[0], laboratory.model()
     assert laboratory.loss(model, "benign") < laboratory.loss(before, "benign") + 0.1

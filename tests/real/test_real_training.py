@@ -22,7 +22,7 @@ MORE = {
     "tar": ("--no-full", "--inner-steps", "16", "--adversary-lr", "1e-3"),
     "mlac": ("--inner-steps", "2"),
 }
-LONG = ("booster", "tar", "mlac")
+LONG = ("t-vaccine", "circuit-breakers", "booster", "tar", "mlac")
 SETS = {"aligned": "demo:refusals", "harmful": "demo:harmful", "retain": "demo:benign"}
 # The papers' settings, but for the length of the run and the size of a step.
 BRIEF = ("--preset", "paper", "--steps", "2", "--batch-size", "4", "--max-length", "64", "--warmup", "0")
