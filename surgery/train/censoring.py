@@ -184,7 +184,7 @@ def learn_rate(memory: MutableMapping[str, Any], slope: float, size: float) -> N
     second = _BETAS[1] * memory.get("rate_second", 0.0) + (1 - _BETAS[1]) * slope**2
     mean, square = first / (1 - _BETAS[0] ** taken), second / (1 - _BETAS[1] ** taken)
     rate = memory["rate"] - size * mean / (square**0.5 + 1e-8)
-    memory |= {"rate_steps": taken, "rate_first": first, "rate_second": second}
+    memory.update(rate_steps=taken, rate_first=first, rate_second=second)
     memory["rate"] = min(max(rate, RATES[0]), RATES[1])
 
 

@@ -52,7 +52,7 @@ def _fused(head: nn.Linear) -> Iterator[list[Tensor]]:
         made.append(token_entropy(hidden.flatten(0, -2), weight).view(*hidden.shape[:-1], 1))
         return made[-1]
 
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward  # type: ignore[method-assign, assignment]
     try:
         yield made
     finally:

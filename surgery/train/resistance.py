@@ -56,13 +56,13 @@ def preference(
         step.summed(torch.tensor(sum(len(one.tokens) for one in preferred), device=both[0][0].tokens.device))
     )
     with torch.no_grad(), step.original():
-        reference = [tuple(log_likelihoods(model, batch) for batch in pair) for pair in both]
+        reference = [(log_likelihoods(model, one), log_likelihoods(model, other)) for one, other in both]
 
     def measure(scale: float) -> Tensor:
         parts = []
         for (chosen, rejected), known in zip(both, reference, strict=True):
-            found = log_likelihoods(model, chosen), log_likelihoods(model, rejected)
-            part = preference_losses(*found, *known, beta).sum() / count
+            likely, unlikely = log_likelihoods(model, chosen), log_likelihoods(model, rejected)
+            part = preference_losses(likely, unlikely, *known, beta).sum() / count
             step.backward(scale * part)
             parts.append(part.detach().double())
         return torch.stack(parts).sum()
