@@ -1,7 +1,7 @@
 """What a step of TAR and of MLAC costs beside plain fine-tuning of one adapter; TAR's memory with all weights.
 
 Shape and batch are those of `benchmarks/training.py`. For memory, `python -m benchmarks.bilevel METHOD` trains all
-weights of a smaller model for three steps, watched from outside.
+weights of a smaller model for three steps as the command would, watched from outside.
 """
 
 import sys
@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 from benchmarks.memory import MIB, peak
 from benchmarks.timing import Measured, Row, alternated, median, spread, timed
 from benchmarks.training import LENGTH, ROWS, adapted, batches, shape
+from surgery import allocator
 from surgery.methods.mlac import MLAC
 from surgery.methods.tar import TAR
 from surgery.train.feed import Feed
@@ -127,4 +128,5 @@ def rows(repeats: int) -> list[Row]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    allocator.return_freed()
     train_all_weights(METHODS[sys.argv[1]])

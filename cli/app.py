@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
-from surgery import __version__, methods, processes
+from surgery import __version__, allocator, methods, processes
 from surgery.cli import output
 from surgery.cli.verify import verify
 from surgery.errors import AccessError, InputError, Interrupted, ResourceError, SurgeryError, UsageError
@@ -167,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with the code of its outcome (see `surgery.errors`)."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    allocator.return_freed()
     try:
         code = _run(arguments)
     except (SurgeryError, OSError, MemoryError, RuntimeError) as error:

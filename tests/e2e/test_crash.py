@@ -211,11 +211,12 @@ def test_a_run_killed_at_ten_random_moments_and_resumed_writes_the_same_bytes(
 
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_in_the_same_bytes(large, nursery, whole, tmp_path):
-    expected, shard_seconds = whole
+    expected, _ = whole
     out = tmp_path / "out"
-    for after in (1, 2, 4):
-        interrupt(nursery, large, out, signal.SIGKILL, after, 0.3 * shard_seconds)
-        assert not out.exists()
+    for after in (1, 2, 3):
+        # No delay: how long a shard takes varies by more than what is left of the run.
+        assert interrupt(nursery, large, out, signal.SIGKILL, after) == -signal.SIGKILL
+        assert len(finished_shards(tmp_path / "out.partial")) >= after
     assert nursery.run(*command(large, out)) == 0
     assert hashes(out) == expected
 

@@ -421,14 +421,14 @@ def plain_pair(root, layers):
 
 @pytest.mark.slow
 def test_anonymous_memory_does_not_grow_with_the_number_of_layers(tmp_path):
-    """12 more layers of 4 MiB: at most two tensors more (allocator slack), where holding all takes 24 more."""
+    """24 more layers of 4 MiB: at most one tensor more (bookkeeping), where holding all takes 48 more."""
     edit, hold = {}, {}
-    for layers in (8, 20):
+    for layers in (8, 32):
         pair = [str(folder) for folder in plain_pair(tmp_path / str(layers), layers)]
         out = tmp_path / str(layers) / "out"
         options = ["--rank", "2", "--tol", "0.5", "-q", "-o", str(out)]
         edit[layers] = peak([sys.executable, "-m", "surgery", "lox", *pair, *options])
         hold[layers] = peak([sys.executable, "-c", HOLDS_ALL, *pair])
         shutil.rmtree(tmp_path / str(layers))
-    assert hold[20] - hold[8] > 20 * TENSOR
-    assert edit[20] - edit[8] < 2 * TENSOR
+    assert hold[32] - hold[8] > 44 * TENSOR
+    assert edit[32] - edit[8] < TENSOR
