@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surgery.train import blocks, perturb
+from surgery.train import blocks, parking, perturb
 from surgery.train.losses import answer_loss, answered_count
 from surgery.train.seeding import seeded
 from surgery.train.spreading import local
@@ -88,7 +88,7 @@ class Attack:
         model: The attacked model.
         moved: What the attacker trains.
         still: What is trained by the run and not by the attacker.
-        start: The values that `moved` began with.
+        start: The values that `moved` began with, on the CPU; of those that FSDP cut, this process's part.
         adversary: Who attacks.
         step: Of the run.
     """
@@ -130,7 +130,7 @@ class Attack:
     def along(self) -> Tensor:
         """This process's part of the present gradient times how far the weights have moved, in float64."""
         parts = [
-            (local(weight.grad).double() * (local(weight.detach()) - local(start)).double()).sum()
+            (local(weight.grad).double() * (local(weight) - start.to(weight.device)).double()).sum()
             for weight, start in zip(self._moved, self._start, strict=True)
             if weight.grad is not None
         ]
@@ -181,8 +181,8 @@ def attacking(
             moved = stack.enter_context(fresh_adapter(model, adversary.seed))
             yield Attack(model, moved, weights, (), adversary, step)
         else:
-            start = stack.enter_context(perturb.restored(weights))
-            yield Attack(model, weights, (), start, adversary, step)
+            start = stack.enter_context(parking.kept(weights, step.folder))
+            yield Attack(model, weights, (), start.copies, adversary, step)
 
 
 @contextmanager

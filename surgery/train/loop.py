@@ -106,6 +106,7 @@ class Run:
     ) -> dict[str, float]:
         """One step of the optimiser; returns the terms of the loss, the gradient's norm and the learning rate."""
         number, total = position.done, self.training.steps
+        folder = self.states.folder if self.states else None
         torch.manual_seed(seeded(self.seed, "noise", self.crew.rank, number))
         crew = self.crew
         step = Step(
@@ -115,7 +116,8 @@ class Run:
             crew.backward,
             crew.summed,
             crew.add_gradients,
-            partial(parked, optimiser, self.states.folder if self.states else None),
+            folder,
+            partial(parked, optimiser, folder),
             original,
             position.memory,
         )

@@ -21,6 +21,9 @@ class Aside:
     Args:
         tensors: What to copy; of those that FSDP cut, this process's part.
         folder: Where there is room for the file; the system's folder for such files by default.
+
+    Attributes:
+        copies: The values, on the CPU, in the order of the tensors.
     """
 
     def __init__(self, tensors: Sequence[Tensor], folder: Path | None = None) -> None:
@@ -29,7 +32,7 @@ class Aside:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.truncate(starts[-1] or 1)
             mapped = mmap.mmap(file.fileno(), 0)
-        self._copies = [
+        self.copies = [
             torch.frombuffer(mapped, dtype=part.dtype, count=part.numel(), offset=start)
             .view(part.shape)
             .copy_(part)
@@ -41,7 +44,7 @@ class Aside:
     def put_back(self, tensors: Sequence[Tensor]) -> None:
         """Copy the values into these tensors, which are shaped and cut as the first ones were."""
         with torch.no_grad():
-            for tensor, copy in zip(tensors, self._copies, strict=True):
+            for tensor, copy in zip(tensors, self.copies, strict=True):
                 local(tensor).copy_(copy)
 
 
@@ -64,6 +67,16 @@ def parked(optimiser: torch.optim.Optimizer, folder: Path | None = None) -> Iter
         for tensor, size in zip(tensors, sizes, strict=True):
             local(tensor).untyped_storage().resize_(size)
         aside.put_back(tensors)
+
+
+@contextmanager
+def kept(weights: Sequence[nn.Parameter], folder: Path | None = None) -> Iterator[Aside]:
+    """Weights that may be moved for long inside the with-block, put back bit by bit after it."""
+    aside = Aside(weights, folder)
+    try:
+        yield aside
+    finally:
+        aside.put_back(weights)
 
 
 class Original:

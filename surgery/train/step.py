@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +65,7 @@ class Step:
         summed: The sum of a tensor over all processes; the identity for one process.
         join: Makes the gradients of weights those of all processes together, for methods that need them within a
             step. The loop joins what `backward` leaves, which must therefore be this process's own.
+        folder: Where there is room for files with what a step puts aside; the system's by default.
         parked: Puts the optimiser's state out of memory inside a with-block.
         original: Makes the model what it was when the run began, inside a with-block; only for a method that
             `compares`.
@@ -76,6 +78,7 @@ class Step:
     backward: Callable[[Tensor], None] = torch.Tensor.backward
     summed: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)
     join: Callable[[Sequence[nn.Parameter]], None] = field(default=lambda weights: None)
+    folder: Path | None = None
     parked: Callable[[], AbstractContextManager[None]] = nullcontext
     original: Callable[[], AbstractContextManager[None]] = nullcontext
     memory: dict[str, Any] = field(default_factory=dict)
