@@ -47,3 +47,15 @@ def _spelled(kind: Any) -> str:
     return (
         "nothing" if kind is types.NoneType else {int: "a whole number", str: "text"}.get(kind, kind.__name__)
     )
+
+
+def whole_numbers(text: str, option: str) -> list[int]:
+    """The numbers that a list such as 10,20 names, ascending, each once, all at least 1.
+
+    Raises:
+        UsageError: It is no such list.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"{option} is {text!r}; it must be numbers of at least 1, as in --{option} 10,20")
+    return sorted({int(part) for part in parts})

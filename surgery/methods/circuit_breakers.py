@@ -35,7 +35,7 @@ import torch
 from annotated_doc import Doc
 from torch import Tensor, nn
 
-from surgery.choices import require_choices
+from surgery.choices import require_choices, whole_numbers
 from surgery.errors import UsageError
 from surgery.kernels.rerouting import rerouting_loss
 from surgery.train import blocks, perturb
@@ -102,14 +102,7 @@ class CircuitBreakers(TrainedMethod):
         self._named_targets()
 
     def _named_targets(self) -> list[int] | None:
-        if self.targets is None:
-            return None
-        parts = self.targets.split(",")
-        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-            raise UsageError(
-                f"targets is {self.targets!r}; it must be numbers of at least 1, as in --targets 10,20"
-            )
-        return sorted({int(part) for part in parts})
+        return None if self.targets is None else whole_numbers(self.targets, "targets")
 
     def targets_of(self, depth: int) -> list[int]:
         """The hidden states that are rerouted in a model of `depth` blocks, ascending, from 1 to `depth`.

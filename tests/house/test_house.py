@@ -18,7 +18,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # Who may import whom: a module imports only from its own row and the rows above.
 LAYERS = [
-    ["surgery.errors", "surgery.choices", "surgery.resources", "surgery.kernels", "surgery.demo"],
+    [
+        "surgery.errors",
+        "surgery.choices",
+        "surgery.resources",
+        "surgery.allocator",
+        "surgery.kernels",
+        "surgery.demo",
+    ],
     ["surgery.workers", "surgery.processes"],
     ["surgery.checkpoint", "surgery.spectral", "surgery.rounding", "surgery.rounding_fp8", "surgery.hub"],
     ["surgery.selection", "surgery.order", "surgery.pairing", "surgery.options", "surgery.fused"],
@@ -30,6 +37,9 @@ LAYERS = [
         "surgery.train.perturb",
         "surgery.train.states",
         "surgery.train.spreading",
+        "surgery.train.parking",
+        "surgery.train.moments",
+        "surgery.conditioning",
         "surgery.train.entropy",
         "surgery.train.preference",
         "surgery.train.adversaries",
