@@ -25,6 +25,7 @@ _PUBLIC = {
     "CircuitBreakers": "surgery.methods.circuit_breakers",
     "Booster": "surgery.methods.booster",
     "TAR": "surgery.methods.tar",
+    "ConditionNumber": "surgery.methods.condition_number",
     "MLAC": "surgery.methods.mlac",
     "verify": "surgery.verification",
     "SurgeryError": "surgery.errors",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from surgery.merging import merge as merge
     from surgery.methods.booster import Booster as Booster
     from surgery.methods.circuit_breakers import CircuitBreakers as CircuitBreakers
+    from surgery.methods.condition_number import ConditionNumber as ConditionNumber
     from surgery.methods.lox import LoX as LoX
     from surgery.methods.mlac import MLAC as MLAC
     from surgery.methods.t_vaccine import TVaccine as TVaccine

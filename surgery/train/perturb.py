@@ -70,6 +70,18 @@ def recorded(layers: Sequence[nn.Module], final_norm: nn.Module) -> Iterator[lis
 
 
 @contextmanager
+def outputs(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
+    """What every module puts out, filled in as they run; of several runs the last."""
+    found: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, _: Any, output: Any) -> None:
+        found[module] = _value(module, output)
+
+    with _hooks(modules, keep):
+        yield found
+
+
+@contextmanager
 def without_history(layer: nn.Module) -> Iterator[None]:
     """A block whose input needs no gradient, even where something (as PEFT does) made the embeddings need one."""
 

@@ -5,6 +5,7 @@ import torch
 from small_scale import Laboratory
 
 from surgery.methods.circuit_breakers import CircuitBreakers
+from surgery.methods.condition_number import ConditionNumber
 from surgery.methods.t_vaccine import TVaccine
 from surgery.methods.vaccine import Vaccine
 from surgery.train import worst_case
@@ -93,3 +94,30 @@ def test_circuit_breakers_switched_off_change_nothing(laboratory, monkeypatch):
     model, history = laboratory.trained(CircuitBreakers(), steps=30)
     assert laboratory.loss(model, "harmful") < 1.2 * laboratory.loss(laboratory.model(), "harmful")
     assert history[-1]["rerouting"] > 0.99
+
+
+def test_condition_numbers_part_and_an_attack_gains_less_at_first(laboratory):
+    """An extension of the paper, whose theory does not cover it: this is what is seen, and no more."""
+    before, found = laboratory.model(), {}
+    for name, method in (
+        ("on", ConditionNumber()),
+        ("off", ConditionNumber(lam_well=0.0, lam_ill=0.0)),
+        ("well alone", ConditionNumber(lam_ill=0.0)),
+    ):
+        model, _ = laboratory.trained(method, steps=60)
+        ratios = [
+            laboratory.kappa(model, rows, 2) / laboratory.kappa(before, rows, 2)
+            for rows in ("harmful", "benign")
+        ]
+        found[name] = {
+            "harmful": ratios[0],
+            "benign": ratios[1],
+            "lost": laboratory.loss(model, "benign") - laboratory.loss(before, "benign"),
+            "attacked": laboratory.loss(laboratory.attacked(model, 10), "harmful"),
+        }
+    assert found["on"]["harmful"] > 2
+    assert found["on"]["benign"] < 0.5
+    assert found["on"]["lost"] < 0.1
+    assert found["on"]["attacked"] > 4 * found["off"]["attacked"]
+    assert 0.7 < found["off"]["harmful"] / found["off"]["benign"] < 1.4  # control
+    assert found["well alone"]["attacked"] < 2 * found["off"]["attacked"]  # control: R_ill is what does it

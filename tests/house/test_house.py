@@ -39,6 +39,7 @@ LAYERS = [
         "surgery.train.spreading",
         "surgery.train.parking",
         "surgery.train.moments",
+        "surgery.train.shaping",
         "surgery.conditioning",
         "surgery.train.entropy",
         "surgery.train.preference",

@@ -14,6 +14,7 @@ DATA = {
     "t-vaccine": ("aligned", "harmful"),
     "circuit-breakers": ("harmful", "retain"),
     "booster": ("aligned", "harmful"),
+    "condition-number": ("harmful", "retain"),
     "tar": ("harmful", "retain"),
     "mlac": ("aligned", "harmful", "retain"),
 }
@@ -22,7 +23,7 @@ MORE = {
     "tar": ("--no-full", "--inner-steps", "16", "--adversary-lr", "1e-3"),
     "mlac": ("--inner-steps", "2"),
 }
-LONG = ("t-vaccine", "circuit-breakers", "booster", "tar", "mlac")
+LONG = ("t-vaccine", "circuit-breakers", "booster", "condition-number", "tar", "mlac")
 SETS = {"aligned": "demo:refusals", "harmful": "demo:harmful", "retain": "demo:benign"}
 # The papers' settings, but for the length of the run and the size of a step.
 BRIEF = ("--preset", "paper", "--steps", "2", "--batch-size", "4", "--max-length", "64", "--warmup", "0")

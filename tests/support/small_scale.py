@@ -8,8 +8,9 @@ from surgery import demo
 from surgery.demo import train as recipe
 from surgery.hub import resolve
 from surgery.hub.remote import open_source
-from surgery.train import feed, loop, network, presets, sources, tokens
+from surgery.train import blocks, feed, loop, network, perturb, presets, sources, tokens
 from surgery.train.losses import answer_loss, answered_count
+from surgery.train.moments import moments
 from surgery.train.step import Step
 
 
@@ -65,6 +66,13 @@ class Laboratory:
         batch = self.held_out[name]
         with torch.no_grad():
             return float(answer_loss(model, batch, count=answered_count([batch], Step(0, 1))))
+
+    def kappa(self, model, name, block):
+        """The condition number of the second moments of what a block (from 1) puts out on held-out answers."""
+        batch, module = self.held_out[name], blocks.find(model).layers[block - 1]
+        with torch.no_grad(), perturb.outputs([module]) as put_out:
+            model(input_ids=batch.tokens, attention_mask=batch.attended, use_cache=False)
+        return moments(put_out[module][batch.answered], Step(0, 1), centred=False).kappa
 
     def drift(self, before, after):
         """How far hidden states of refusals moved, relative to their size, averaged over layers and tokens."""

@@ -5,6 +5,7 @@ import torch
 from surgery.checkpoint.layout import open_checkpoint
 from surgery.methods.booster import Booster
 from surgery.methods.circuit_breakers import CircuitBreakers
+from surgery.methods.condition_number import ConditionNumber
 from surgery.methods.mlac import MLAC
 from surgery.methods.t_vaccine import TVaccine
 from surgery.methods.tar import TAR
@@ -26,6 +27,7 @@ METHODS = [
     Booster(),
     TAR(inner_steps=4, every=2, adversary_lr="1e-3", adversary_switch=1.0, positions="attended"),
     TAR(inner_steps=4, every=2, adversary_lr="1e-3", adversary_lora=1.0, positions="attended"),
+    ConditionNumber(targets="1,2"),
     MLAC(inner_steps=3, inner_lr=1e-3, first_order=True),
 ]
 """Every method once (TAR by either kind of attacker), with options that show on a tiny model in a few steps."""
