@@ -32,6 +32,7 @@ CORRECTNESS = (
     "tests/theory/test_booster.py",
     "tests/theory/test_tar.py",
     "tests/theory/test_mlac.py",
+    "tests/theory/test_shaped_states.py",
     "tests/unit/test_workers.py",
     "tests/e2e/test_files_in_files_out.py",
 )
