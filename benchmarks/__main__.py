@@ -33,6 +33,7 @@ CORRECTNESS = (
     "tests/theory/test_tar.py",
     "tests/theory/test_mlac.py",
     "tests/theory/test_shaped_states.py",
+    "tests/theory/test_repnoise.py",
     "tests/unit/test_workers.py",
     "tests/e2e/test_files_in_files_out.py",
 )

@@ -27,6 +27,7 @@ _PUBLIC = {
     "TAR": "surgery.methods.tar",
     "ConditionNumber": "surgery.methods.condition_number",
     "MLAC": "surgery.methods.mlac",
+    "RepNoise": "surgery.methods.repnoise",
     "verify": "surgery.verification",
     "SurgeryError": "surgery.errors",
 }
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from surgery.methods.condition_number import ConditionNumber as ConditionNumber
     from surgery.methods.lox import LoX as LoX
     from surgery.methods.mlac import MLAC as MLAC
+    from surgery.methods.repnoise import RepNoise as RepNoise
     from surgery.methods.t_vaccine import TVaccine as TVaccine
     from surgery.methods.tar import TAR as TAR
     from surgery.methods.vaccine import Vaccine as Vaccine

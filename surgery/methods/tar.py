@@ -209,7 +209,7 @@ class TAR(TrainedMethod):
             "retain": Stream(rows["retain"]),
         }
         if self.resistance == "dpo":
-            refusals, answers = pairs(rows["aligned"], unseen)
+            refusals, answers = pairs(rows["aligned"], unseen, ", or leave out --resistance dpo")
             found["held_out"] = Stream(answers, self.attacks)
             found["preferred"] = Stream(refusals, self.attacks, order="held_out")
         return found

@@ -71,11 +71,11 @@ def recorded(layers: Sequence[nn.Module], final_norm: nn.Module) -> Iterator[lis
 
 @contextmanager
 def outputs(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
-    """What every module puts out, filled in as they run; of several runs the last."""
+    """What every module puts out (the first entry of a tuple), filled in as they run; of several runs the last."""
     found: dict[nn.Module, Tensor] = {}
 
     def keep(module: nn.Module, _: Any, output: Any) -> None:
-        found[module] = _value(module, output)
+        found[module] = output[0] if isinstance(output, tuple) else output
 
     with _hooks(modules, keep):
         yield found

@@ -37,8 +37,15 @@ def preference_losses(
     return -logsigmoid(beta * ((chosen - reference_chosen) - (rejected - reference_rejected)))
 
 
-def pairs(preferred: Sequence[Any], dispreferred: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+def pairs(
+    preferred: Sequence[Any], dispreferred: Sequence[Any], otherwise: str = ""
+) -> tuple[list[Any], list[Any]]:
     """Tokenised rows of either set that answer the same prompt, place by place, in the order of the second.
+
+    Args:
+        preferred: Aligned rows.
+        dispreferred: Harmful rows.
+        otherwise: What else can be done where no prompt is in both, for the message.
 
     Raises:
         InputError: No prompt is in both.
@@ -47,7 +54,7 @@ def pairs(preferred: Sequence[Any], dispreferred: Sequence[Any]) -> tuple[list[A
     both = [example for example in dispreferred if example.tokens[: example.prompt] in answers]
     if not both:
         raise InputError(
-            "no prompt of the harmful rows is among the aligned rows; preferences need both answers to one prompt: "
-            "add refusals of the harmful prompts to --aligned-data, or leave out --resistance dpo"
+            "no prompt of the harmful rows is among the aligned rows; both answers to one prompt are needed: "
+            f"add refusals of the harmful prompts to --aligned-data{otherwise}"
         )
     return [answers[example.tokens[: example.prompt]] for example in both], both

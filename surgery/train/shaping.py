@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.conditioning.regularisers import Kind
-from surgery.train import perturb
+from surgery.train import coupled, perturb
 from surgery.train.moments import moments
 from surgery.train.step import Batch, Step
 
@@ -51,8 +51,7 @@ def shape(
 ) -> Shaped:
     """Adds the gradient of what `run` gives, and of the weighted regulariser averaged over modules.
 
-    The moments are those of what the modules put out on answered tokens. What changes them depends on every
-    micro-batch: a single one is run once, several are run twice, with equal random numbers.
+    The moments are those of what the modules put out on answered tokens.
 
     Args:
         batches: All micro-batches of this process.
@@ -61,39 +60,24 @@ def shape(
         wanted: The regulariser.
         step: Adds up over processes; runs the backward pass.
     """
-    once = len(batches) == 1
+    values: list[float] = []
+    kappas: list[float] = []
+
+    def couple(given: Sequence[coupled.Given]) -> Sequence[coupled.Given]:
+        sizes, slopes = [len(parts[0]) for parts in given], []
+        for parts in zip(*given, strict=True):
+            found = moments(torch.cat(parts), step, centred=wanted.centred)
+            value, pull = found.regulariser(wanted.kind)
+            values.append(value)
+            kappas.append(found.kappa)
+            slopes.append((wanted.weight / len(modules) * pull).split(sizes))
+        return list(zip(*slopes, strict=True))
+
     with perturb.outputs(modules) as put_out:
 
-        def states(batch: Batch) -> list[Tensor]:
-            return [put_out[module][batch.answered] for module in modules]
+        def seen(batch: Batch) -> tuple[Tensor, coupled.Given]:
+            loss = run(batch)
+            return loss, [put_out[module][batch.answered] for module in modules]
 
-        begun, losses, seen = [], [], []
-        for batch in batches:
-            begun.append(perturb.randomness())
-            with torch.set_grad_enabled(once):
-                losses.append(run(batch))
-                seen.append(states(batch))
-        found = [moments(torch.cat(parts), step, centred=wanted.centred) for parts in zip(*seen, strict=True)]
-        values, pulls = zip(*(one.regulariser(wanted.kind) for one in found), strict=True)
-        slopes = list(zip(*(pull.split([len(part[0]) for part in seen]) for pull in pulls), strict=True))
-        for number, batch in enumerate(batches):
-            if once:
-                step.backward(losses[0] + _pulled(seen[0], slopes[0], wanted.weight))
-                continue
-            with perturb.replayed(begun[number]):
-                loss = run(batch)
-            step.backward(loss + _pulled(states(batch), slopes[number], wanted.weight))
-    return Shaped(
-        torch.stack([loss.detach().double() for loss in losses]).sum(),
-        sum(values) / len(modules),
-        max(one.kappa for one in found),
-    )
-
-
-def _pulled(states: Sequence[Tensor], slopes: Sequence[Tensor], weight: float) -> Tensor:
-    """A scalar whose derivative with respect to a module's states is `weight` times its slopes, over all of them."""
-    parts = []
-    for state, slope in zip(states, slopes, strict=True):
-        wide = torch.promote_types(state.dtype, torch.float32)
-        parts.append((state.to(wide) * slope.to(wide)).sum())
-    return weight / len(parts) * torch.stack(parts).sum()
+        loss = coupled.backward(batches, seen, couple, step)
+    return Shaped(loss, sum(values) / len(values), max(kappas))

@@ -6,6 +6,7 @@ from small_scale import Laboratory
 
 from surgery.methods.circuit_breakers import CircuitBreakers
 from surgery.methods.condition_number import ConditionNumber
+from surgery.methods.repnoise import RepNoise
 from surgery.methods.t_vaccine import TVaccine
 from surgery.methods.vaccine import Vaccine
 from surgery.train import worst_case
@@ -121,3 +122,14 @@ def test_condition_numbers_part_and_an_attack_gains_less_at_first(laboratory):
     assert found["on"]["attacked"] > 4 * found["off"]["attacked"]
     assert 0.7 < found["off"]["harmful"] / found["off"]["benign"] < 1.4  # control
     assert found["well alone"]["attacked"] < 2 * found["off"]["attacked"]  # control: R_ill is what does it
+
+
+def test_repnoise_makes_harmful_answers_unlikely_and_states_like_noise(laboratory):
+    noised, history = laboratory.trained(RepNoise(), steps=40)
+    plain, _ = laboratory.trained(RepNoise(alpha=0.0, beta=0.0), steps=40)
+    before = laboratory.model()
+    assert laboratory.loss(noised, "harmful") > 3 * laboratory.loss(plain, "harmful")
+    assert laboratory.loss(noised, "refusals") < laboratory.loss(before, "refusals") + 0.2
+    assert history[-1]["harmful"] > 1.2 * history[0]["harmful"]
+    attacked = [laboratory.loss(laboratory.attacked(model, 10), "harmful") for model in (noised, plain)]
+    assert attacked[0] > 2 * attacked[1]

@@ -15,6 +15,7 @@ DATA = {
     "circuit-breakers": ("harmful", "retain"),
     "booster": ("aligned", "harmful"),
     "condition-number": ("harmful", "retain"),
+    "repnoise": ("aligned", "harmful"),
     "tar": ("harmful", "retain"),
     "mlac": ("aligned", "harmful", "retain"),
 }
@@ -23,7 +24,7 @@ MORE = {
     "tar": ("--no-full", "--inner-steps", "16", "--adversary-lr", "1e-3"),
     "mlac": ("--inner-steps", "2"),
 }
-LONG = ("t-vaccine", "circuit-breakers", "booster", "condition-number", "tar", "mlac")
+LONG = ("t-vaccine", "circuit-breakers", "booster", "condition-number", "repnoise", "tar", "mlac")
 SETS = {"aligned": "demo:refusals", "harmful": "demo:harmful", "retain": "demo:benign"}
 # The papers' settings, but for the length of the run and the size of a step.
 BRIEF = ("--preset", "paper", "--steps", "2", "--batch-size", "4", "--max-length", "64", "--warmup", "0")
