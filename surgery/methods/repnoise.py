@@ -74,7 +74,9 @@ class RepNoise(TrainedMethod):
             "lora_dropout": 0.0,
         },
         "small": {
-            "steps": 60,
+            "alpha": 0.1,
+            "beta": 1.0,
+            "steps": 40,
             "batch_size": 8,
             "lr": 5e-3,
             "schedule": "cosine",

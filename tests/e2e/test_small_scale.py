@@ -103,9 +103,8 @@ def test_condition_numbers_part_and_an_attack_gains_less_at_first(laboratory):
     for name, method in (
         ("on", ConditionNumber()),
         ("off", ConditionNumber(lam_well=0.0, lam_ill=0.0)),
-        ("well alone", ConditionNumber(lam_ill=0.0)),
     ):
-        model, _ = laboratory.trained(method, steps=60)
+        model, _ = laboratory.trained(method, steps=50)
         ratios = [
             laboratory.kappa(model, rows, 2) / laboratory.kappa(before, rows, 2)
             for rows in ("harmful", "benign")
@@ -121,15 +120,15 @@ def test_condition_numbers_part_and_an_attack_gains_less_at_first(laboratory):
     assert found["on"]["lost"] < 0.1
     assert found["on"]["attacked"] > 4 * found["off"]["attacked"]
     assert 0.7 < found["off"]["harmful"] / found["off"]["benign"] < 1.4  # control
-    assert found["well alone"]["attacked"] < 2 * found["off"]["attacked"]  # control: R_ill is what does it
 
 
-def test_repnoise_makes_harmful_answers_unlikely_and_states_like_noise(laboratory):
-    noised, history = laboratory.trained(RepNoise(), steps=40)
+def test_repnoise_draws_states_to_noise_and_an_attack_gains_less(laboratory):
+    noised, history = laboratory.trained(RepNoise(alpha=0.1, beta=1.0), steps=40)
     plain, _ = laboratory.trained(RepNoise(alpha=0.0, beta=0.0), steps=40)
     before = laboratory.model()
-    assert laboratory.loss(noised, "harmful") > 3 * laboratory.loss(plain, "harmful")
-    assert laboratory.loss(noised, "refusals") < laboratory.loss(before, "refusals") + 0.2
+    assert history[-1]["discrepancy"] < 0.7 * history[0]["discrepancy"]
     assert history[-1]["harmful"] > 1.2 * history[0]["harmful"]
-    attacked = [laboratory.loss(laboratory.attacked(model, 10), "harmful") for model in (noised, plain)]
-    assert attacked[0] > 2 * attacked[1]
+    for name in ("refusals", "benign"):
+        assert laboratory.loss(noised, name) < laboratory.loss(before, name) + 0.1
+    after = [laboratory.loss(laboratory.attacked(model, 10), "harmful") for model in (noised, plain)]
+    assert after[0] > 4 * after[1]
