@@ -104,7 +104,7 @@ def test_condition_numbers_part_and_an_attack_gains_less_at_first(laboratory):
         ("on", ConditionNumber()),
         ("off", ConditionNumber(lam_well=0.0, lam_ill=0.0)),
     ):
-        model, _ = laboratory.trained(method, steps=50)
+        model, _ = laboratory.trained(method, steps=60)
         ratios = [
             laboratory.kappa(model, rows, 2) / laboratory.kappa(before, rows, 2)
             for rows in ("harmful", "benign")
