@@ -1,6 +1,7 @@
 """Records refuse what their types do not allow, whether a command or a program made them."""
 
 import dataclasses
+import math
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -47,6 +48,18 @@ def _spelled(kind: Any) -> str:
     return (
         "nothing" if kind is types.NoneType else {int: "a whole number", str: "text"}.get(kind, kind.__name__)
     )
+
+
+def require_weights(record: Any, *names: str) -> None:
+    """Refuse a record in which one of these fields is negative, infinite or no number.
+
+    Raises:
+        UsageError: Naming the field.
+    """
+    for name in names:
+        value = getattr(record, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise UsageError(f"{name.replace('_', '-')} is {value}; it must be a finite number of at least 0")
 
 
 def whole_numbers(text: str, option: str) -> list[int]:

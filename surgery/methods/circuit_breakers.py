@@ -25,7 +25,6 @@ Departures from the authors' code, with reasons:
   * a hidden state of norm 0 has cosine 0 and gradient 0, not NaN.
 """
 
-import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ import torch
 from annotated_doc import Doc
 from torch import Tensor, nn
 
-from surgery.choices import require_choices, whole_numbers
+from surgery.choices import require_choices, require_weights, whole_numbers
 from surgery.errors import UsageError
 from surgery.kernels.rerouting import rerouting_loss
 from surgery.train import blocks, perturb
@@ -93,10 +92,7 @@ class CircuitBreakers(TrainedMethod):
 
     def __post_init__(self) -> None:
         require_choices(self)
-        for option in ("alpha", "start"):
-            value = getattr(self, option)
-            if not (math.isfinite(value) and value >= 0):
-                raise UsageError(f"{option} is {value}; it must be a finite number of at least 0")
+        require_weights(self, "alpha", "start")
         if self.alpha == 0:
             raise UsageError("alpha is 0; nothing would be trained: give --alpha 10")
         self._named_targets()

@@ -23,7 +23,6 @@ Departures, with reasons:
   * not centred, as in the paper; `--centred` takes the mean off.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -32,12 +31,12 @@ import torch
 from annotated_doc import Doc
 from torch import Tensor, nn
 
-from surgery.choices import require_choices, whole_numbers
+from surgery.choices import require_choices, require_weights, whole_numbers
 from surgery.errors import UsageError
 from surgery.train import blocks
 from surgery.train.losses import answer_loss, answered_count
 from surgery.train.shaping import Shape, shape
-from surgery.train.step import Batch, Batches, Step, TrainedMethod
+from surgery.train.step import ADAPTED, Batch, Batches, Step, TrainedMethod
 
 
 @dataclass(frozen=True)
@@ -58,39 +57,13 @@ class ConditionNumber(TrainedMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.23760"
     data: ClassVar[tuple[str, ...]] = ("harmful", "retain")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {
-            "steps": 300,
-            "batch_size": 16,
-            "max_length": 1024,
-            "lr": 1e-4,
-            "schedule": "cosine",
-            "warmup": 0.1,
-            "weight_decay": 0.0,
-            "lora_rank": 16,
-            "lora_alpha": 16,
-            "lora_dropout": 0.0,
-        },
-        "small": {
-            "steps": 100,
-            "batch_size": 16,
-            "lr": 5e-3,
-            "schedule": "cosine",
-            "warmup": 0.1,
-            "weight_decay": 0.0,
-            "lora_rank": 16,
-            "lora_alpha": 16,
-            "lora_dropout": 0.0,
-        },
+        "paper": {**ADAPTED, "steps": 300, "batch_size": 16, "max_length": 1024, "lr": 1e-4},
+        "small": {**ADAPTED, "steps": 100, "batch_size": 16, "lr": 5e-3},
     }
 
     def __post_init__(self) -> None:
         require_choices(self)
-        for option in ("lam_well", "lam_ill"):
-            value = getattr(self, option)
-            if not (math.isfinite(value) and value >= 0):
-                raise UsageError(
-                    f"{option.replace('_', '-')} is {value}; it must be a finite number of at least 0"
-                )
+        require_weights(self, "lam_well", "lam_ill")
         self._named()
 
     def _named(self) -> list[int] | None:

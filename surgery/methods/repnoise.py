@@ -35,7 +35,7 @@ from annotated_doc import Doc
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from surgery.choices import require_choices
+from surgery.choices import require_choices, require_weights
 from surgery.errors import UsageError
 from surgery.train import blocks, coupled, perturb
 from surgery.train.censoring import processes
@@ -45,7 +45,7 @@ from surgery.train.losses import answer_loss, answered_count
 from surgery.train.preference import pairs
 from surgery.train.seeding import seeded
 from surgery.train.states import final_norm
-from surgery.train.step import Batch, Batches, Step, Stream, TrainedMethod
+from surgery.train.step import ADAPTED, Batch, Batches, Step, Stream, TrainedMethod
 
 
 @dataclass(frozen=True)
@@ -61,39 +61,13 @@ class RepNoise(TrainedMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.14577"
     data: ClassVar[tuple[str, ...]] = ("aligned", "harmful")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {
-            "steps": 250,
-            "batch_size": 4,
-            "max_length": 256,
-            "lr": 1e-4,
-            "schedule": "cosine",
-            "warmup": 0.1,
-            "weight_decay": 0.0,
-            "lora_rank": 16,
-            "lora_alpha": 16,
-            "lora_dropout": 0.0,
-        },
-        "small": {
-            "alpha": 0.1,
-            "beta": 1.0,
-            "steps": 40,
-            "batch_size": 8,
-            "lr": 5e-3,
-            "schedule": "cosine",
-            "warmup": 0.1,
-            "weight_decay": 0.0,
-            "lora_rank": 16,
-            "lora_alpha": 16,
-            "lora_dropout": 0.0,
-        },
+        "paper": {**ADAPTED, "steps": 250, "batch_size": 4, "max_length": 256, "lr": 1e-4},
+        "small": {**ADAPTED, "alpha": 0.1, "beta": 1.0, "steps": 40, "batch_size": 8, "lr": 5e-3},
     }
 
     def __post_init__(self) -> None:
         require_choices(self)
-        for option in ("alpha", "beta"):
-            value = getattr(self, option)
-            if not (math.isfinite(value) and value >= 0):
-                raise UsageError(f"{option} is {value}; it must be a finite number of at least 0")
+        require_weights(self, "alpha", "beta")
 
     def equation(self) -> str:
         """The objective, with numbers."""

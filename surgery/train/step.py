@@ -84,6 +84,17 @@ class Step:
     memory: dict[str, Any] = field(default_factory=dict)
 
 
+ADAPTED: Mapping[str, Any] = {
+    "schedule": "cosine",
+    "warmup": 0.1,
+    "weight_decay": 0.0,
+    "lora_rank": 16,
+    "lora_alpha": 16,
+    "lora_dropout": 0.0,
+}
+"""A preset's part that methods share whose papers train all weights, or no language model."""
+
+
 @dataclass(frozen=True)
 class TrainedMethod(ABC):
     """A frozen record of hyperparameters with one verb, `backward`.
