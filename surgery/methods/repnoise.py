@@ -38,7 +38,7 @@ from torch.nn.functional import pad
 from surgery.choices import require_choices, require_weights
 from surgery.errors import UsageError
 from surgery.train import blocks, coupled, perturb
-from surgery.train.censoring import processes
+from surgery.train.bounded import processes
 from surgery.train.discrepancy import mmd
 from surgery.train.lens import lens_loss
 from surgery.train.losses import answer_loss, answered_count
