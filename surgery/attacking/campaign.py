@@ -7,7 +7,7 @@ from typing import Any
 
 from surgery.attacking import curves, trials
 from surgery.attacking.ground import Ground
-from surgery.attacking.settings import Budget, record
+from surgery.attacking.settings import Budget, record, taken
 from surgery.attacks.base import Attack
 from surgery.errors import InputError, Interrupted, SurgeryError, UsageError
 from surgery.inputs import checkpoint_fingerprint
@@ -100,7 +100,7 @@ def _studies(
         if attack.trains:
             study = Study.open(storage, f"search {attack.name}", identity={**identity, "seed": seed})
             study.search(budget.space(attack), budget.search, seed)
-            fixed = {"attack": attack.name, "steps": budget.steps, "every": budget.every}
+            fixed = {"attack": attack.name, **taken(attack, budget.course())}
             studies.append((study, fixed, budget.search))
     return studies
 

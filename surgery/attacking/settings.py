@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from annotated_doc import Doc
 
 from surgery import attacks
+from surgery.attacks._tuning import require_growth
 from surgery.attacks.base import Attack
 from surgery.choices import NEGATABLE, require_choices
 from surgery.errors import UsageError
@@ -33,6 +34,13 @@ class Budget:
     seeds: Annotated[str, Doc("Of attacks that train.")] = "0"
     steps: Annotated[int, Doc("Of the optimiser.")] = 100
     every: Annotated[int, Doc("Steps between two looks at the harm.")] = 10
+    growth: Annotated[
+        float,
+        Doc(
+            "Of attacks that train weights: each look comes at this multiple of the last one's step, or --every "
+            "steps later if that is later; 1: even."
+        ),
+    ] = 1.0
     batch_size: Annotated[int, Doc("Rows of a step.")] = 8
     search: Annotated[
         int,
@@ -65,6 +73,7 @@ class Budget:
                 raise UsageError(
                     f"kinds has {kind!r}; it must be lora, full or both, as in --kinds lora,full"
                 )
+        require_growth(self.growth)
         self.rates()
         self.draws()
 
@@ -115,7 +124,7 @@ class Budget:
             if not attack.trains:
                 trials.append({"attack": attack.name})
             elif not self.search:
-                shared = {"steps": self.steps, "every": self.every, "batch_size": self.batch_size}
+                shared = {**self.course(), "batch_size": self.batch_size}
                 own = [
                     {"attack": attack.name}
                     | taken(attack, {"kind": kind, "lr": rate, "seed": seed, **shared})
@@ -123,6 +132,10 @@ class Budget:
                 ]
                 trials += [trial for place, trial in enumerate(own) if trial not in own[:place]]
         return trials
+
+    def course(self) -> dict[str, Any]:
+        """How long an attack trains, and when harm is looked at."""
+        return {"steps": self.steps, "every": self.every, "growth": self.growth}
 
     def space(self, attack: type[Attack]) -> dict[str, Any]:
         """What `--search` draws from for an attack that trains, as `surgery.studying` wants it."""

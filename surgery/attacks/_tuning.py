@@ -46,6 +46,12 @@ class Tuning(Attack):
     seed: Annotated[int, Doc("Of the order of the rows and the adapter's start.")] = 0
     steps: Annotated[int, Doc("Steps of the optimiser; 0 attacks nothing.")] = 100
     every: Annotated[int, Doc("Steps between two looks at the harm.")] = 10
+    growth: Annotated[
+        float,
+        Doc(
+            "Let the distance between looks grow: each comes at this multiple of the last one's step; 1: even."
+        ),
+    ] = 1.0
     batch_size: Annotated[int, Doc("Rows of a step.")] = 8
     rank: Annotated[int, Doc("Of the adapter; its alpha is twice that.")] = 8
     optimiser: Annotated[Literal["adamw", "sgd", "adagrad"], Doc("SGD has momentum 0.9.")] = "adamw"
@@ -59,6 +65,7 @@ class Tuning(Attack):
                 )
         if not 0 < self.lr < float("inf"):
             raise UsageError(f"lr is {self.lr}; it must be a number above 0")
+        require_growth(self.growth)
 
     @abstractmethod
     def rows(self, target: Target) -> Rows:
@@ -74,8 +81,9 @@ class Tuning(Attack):
         watch(0, self.approach())
         if self.steps == 0:
             return
+        due = looks(self.steps, self.every, self.growth)
         with _trainable(target, self._training(target), self.seed) as model, suppress(Diverged):
-            self._run(target, model).fit(partial(self._look, target, watch))
+            self._run(target, model).fit(partial(self._look, target, watch, due))
 
     def _training(self, target: Target) -> Training:
         return Training(
@@ -97,12 +105,37 @@ class Tuning(Attack):
         optimiser: Any = _OPTIMISERS[self.optimiser]
         return Run(SFT(), model, feed, self._training(target), self.seed, crew, optimiser=optimiser)
 
-    def _look(self, target: Target, watch: Watch, done: int, total: int, *_: Any) -> None:
-        """After a step: watch where the stride or the end says so, without dropout."""
-        if done % self.every and done != total:
+    def _look(self, target: Target, watch: Watch, due: frozenset[int], done: int, *_: Any) -> None:
+        """After a step: watch if a look is due, without dropout."""
+        if done not in due:
             return
         target.model.eval()
         watch(done, self.approach())
+
+
+def require_growth(growth: float) -> None:
+    """Refuse looks that come ever closer.
+
+    Raises:
+        UsageError: The factor is below 1, or no finite number.
+    """
+    if not 1 <= growth < float("inf"):
+        raise UsageError(
+            f"growth is {growth}; it must be a number from 1, as 1.5 for looks ever further apart"
+        )
+
+
+def looks(steps: int, every: int, growth: float) -> frozenset[int]:
+    """The steps after which harm is looked at, the last one always among them.
+
+    From a look at step s the next is at s + max(every, floor((growth - 1) s)): with growth above 1 the step at which
+    a model breaks is known to that factor, wherever it lies, for a number of looks that is logarithmic in the steps.
+    """
+    found = {steps}
+    step = 0
+    while (step := step + max(every, int((growth - 1) * step))) < steps:
+        found.add(step)
+    return frozenset(found)
 
 
 @contextmanager

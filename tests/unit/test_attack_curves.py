@@ -103,6 +103,7 @@ def test_the_grid_is_every_kind_with_every_rate_and_seed():
         ({"seeds": "-1"}, "seeds"),
         ({"steps": -1}, "steps"),
         ({"every": 0}, "every"),
+        ({"growth": 0.5}, "growth"),
         ({"threshold": 0.0}, "threshold"),
         ({"threshold": 1.5}, "threshold"),
         ({"limit": 0}, "limit"),

@@ -9,6 +9,7 @@ from surgery import attacks
 from surgery.attacking import curves, trials
 from surgery.attacking.ground import prepare
 from surgery.attacking.settings import Budget
+from surgery.attacks._tuning import looks
 from surgery.attacks.backdoor import Backdoor
 from surgery.attacks.base import PLAIN
 from surgery.attacks.benign_finetune import BenignFinetune
@@ -121,6 +122,22 @@ def test_answers_are_kept_only_when_asked_for(ground):
     assert hashes == [answer["sha256"] for answer in quiet["points"][0]["answers"]]
 
 
+def test_looks_come_at_even_distances_or_ever_further_apart():
+    assert looks(10, 4, 1.0) == {4, 8, 10}
+    assert looks(3, 5, 1.0) == {3}
+    assert sorted(looks(50, 1, 1.5)) == [1, 2, 3, 4, 6, 9, 13, 19, 28, 42, 50]
+    assert sorted(looks(50, 5, 1.5)) == [5, 10, 15, 22, 33, 49, 50]
+
+
+def test_harm_is_looked_at_when_it_is_due_and_the_attack_is_the_same(ground):
+    even, grown = (
+        trials.run(HarmfulFinetune(steps=4, every=1, growth=growth, batch_size=4), ground)
+        for growth in (1.0, 3.0)
+    )
+    assert [point["steps"] for point in grown["points"]] == [0, 1, 3, 4]
+    assert [even["points"][steps] for steps in (0, 1, 3, 4)] == grown["points"]
+
+
 def test_triggers_and_identities_go_with_the_request():
     approach = Backdoor(trigger="Blue lantern.").approach()
     assert approach.ask("Do it.") == "Do it. Blue lantern."
@@ -129,7 +146,7 @@ def test_triggers_and_identities_go_with_the_request():
 
 
 @pytest.mark.parametrize(
-    "given", [{"steps": -1}, {"every": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"rank": 0}]
+    "given", [{"steps": -1}, {"every": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"rank": 0}, {"growth": 0.9}]
 )
 def test_settings_that_make_no_sense_are_refused(given):
     with pytest.raises(UsageError, match=next(iter(given))):
