@@ -8,7 +8,7 @@ export PYTHON
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-e2e test-real test-package nightly bench bench-train lint types format clean
+.PHONY: demo test test-e2e test-real test-package nightly bench bench-train evidence check-evidence lint types format clean
 
 demo: $(VENV)/.installed  ## run LoX on the embedded pair and print the summary
 	$(BIN)/surgery lox demo:base demo:aligned --rank 6 --alpha 1.5 --output demo-lox --overwrite
@@ -34,6 +34,13 @@ bench: $(VENV)/.dev  ## measure, about an hour on a quiet machine; fills docs/pe
 
 bench-train: $(VENV)/.dev  ## only what the training methods and the merge cost
 	$(BIN)/python -m benchmarks --only training,bilevel,merging
+
+evidence: $(VENV)/.dev  ## what docs/evidence.json lacks, hours; GROUNDS=demo: half an hour; FROM=nothing: all anew
+	$(BIN)/python -m benchmarks.evidence $(if $(GROUNDS),--grounds $(GROUNDS)) $(if $(filter nothing,$(FROM)),--from-nothing)
+
+check-evidence: $(VENV)/.dev  ## docs/evidence.md against its JSON, and one row again: two minutes
+	$(BIN)/python -m benchmarks.evidence --check
+	$(BIN)/python -m benchmarks.evidence --again lox-aligned-1.5
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

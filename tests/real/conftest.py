@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-PAIR = Path(__file__).with_name("pair.py")
+ROOT = Path(__file__).parents[2]
 NO_PACKAGE = 3
 
 
@@ -61,13 +61,14 @@ def surgery(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def build(*arguments: str) -> dict[str, Any]:
-    """Return what `pair.py` prints; skip where the weights cannot be had and nobody insisted on them."""
+    """Return what `benchmarks.real_pair` prints; skip where weights cannot be had and nobody insisted on them."""
     # A process of its own: training leaves gigabytes behind in the allocator.
-    done = subprocess.run([sys.executable, PAIR, *arguments], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.real_pair", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode == NO_PACKAGE and not os.environ.get("SURGERY_REAL_REQUIRED"):
         pytest.skip(done.stderr.strip().splitlines()[-1])
     if done.returncode:
-        pytest.fail(f"pair.py {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        pytest.fail(f"real_pair {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     folders: dict[str, Any] = json.loads(done.stdout)
     return folders
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from pair import Recipe
+    from benchmarks.real_pair.pair import Recipe
 
 HERE = Path(__file__).resolve().parent
 REFUSALS = (

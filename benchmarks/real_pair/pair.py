@@ -1,15 +1,14 @@
-"""A real pair for tests: SmolLM2-135M-Instruct out of a package, and the same model taught to refuse.
+"""A real pair for tests and evidence: SmolLM2-135M-Instruct out of a package, and the same model taught to refuse.
 
-Run as a script it builds what is missing and prints one JSON document:
+From the root of the repository, what is missing is built and one JSON document printed by
 
-    python tests/real/pair.py [short] [long] [adapter] [--measure FOLDER ...]
+    python -m benchmarks.real_pair [short] [long] [adapter] [--measure FOLDER ...]
 
 Everything is cached under `SURGERY_REAL_CACHE`, each model in a folder named by a digest of what made it.
 A folder appears by one rename when it is complete, and is used only while every file still has the hash
 recorded for it.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -191,35 +190,9 @@ def build_base() -> Path:
 
 def build_aligned(name: str, base: Path) -> Path:
     """Return the folder of the aligned model made by the named recipe."""
-    import alignment
+    from benchmarks.real_pair import alignment
 
     recipe = RECIPES[name]
     prompts = alignment.load_prompts()
     key = digest_of(CONVERSION, TRAINING, MEMBER_SHA256, dataclasses.asdict(recipe), prompts.digest)
     return cached(f"{name}-{key}", "aligned", lambda out: alignment.align(base, prompts, recipe, out))
-
-
-def main(arguments: list[str]) -> int:
-    """Return 0 after printing folders and refusal rates as JSON, 3 if the package is not to be had."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipes", nargs="*", help=f"aligned sides to build: {', '.join(RECIPES)}")
-    parser.add_argument("--measure", nargs="+", default=[], help="models whose refusal rates are wanted")
-    options = parser.parse_args(arguments)
-    try:
-        base = build_base()
-    except PackageUnavailableError as error:
-        sys.stderr.write(f"{error}\n")
-        return NO_PACKAGE
-    folders = {"base": base} | {name: build_aligned(name, base) for name in options.recipes}
-    result: dict[str, object] = {name: str(folder) for name, folder in folders.items()}
-    if options.measure:
-        import alignment
-
-        result["public_prompts"] = alignment.data_folder() is not None
-        result["refused"] = {folder: alignment.measure(Path(folder)) for folder in options.measure}
-    sys.stdout.write(json.dumps(result) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

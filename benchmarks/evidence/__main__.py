@@ -1,0 +1,73 @@
+"""Run the evidence study, as far as docs/evidence.json lacks it, and make its page.
+
+python -m benchmarks.evidence                        both pairs: what is not in the ledger (hours on two cores)
+python -m benchmarks.evidence --grounds demo         the embedded pair alone: under half an hour from nothing
+python -m benchmarks.evidence --from-nothing         forget what the ledger has
+python -m benchmarks.evidence --page                 only make the page, its plot and the README's table again
+python -m benchmarks.evidence --check                whether they are what the ledger says; exit 1 if not
+python -m benchmarks.evidence --again ROW            repeat one row of the demo ground briefly; exit 1 if it differs
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.evidence.grounds import GROUNDS
+from benchmarks.evidence.ledger import Ledger
+from benchmarks.evidence.rows import ROWS
+from benchmarks.evidence.study import Study, cores
+
+ROOT = Path(__file__).parents[2]
+LEDGER = ROOT / "docs" / "evidence.json"
+WORK = ROOT / "benchmarks" / "data" / "evidence"
+
+
+def arguments() -> argparse.Namespace:
+    """What was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--grounds", default=",".join(GROUNDS), help="separated by commas")
+    parser.add_argument("--rows", default="", help="only these rows, or search; separated by commas")
+    parser.add_argument("--ledger", type=Path, default=LEDGER, help="where figures are kept")
+    parser.add_argument("--folder", type=Path, default=WORK, help="where commands run: 10 GB for both pairs")
+    parser.add_argument("--processes", type=int, default=cores(), help="measurements side by side")
+    parser.add_argument("--from-nothing", action="store_true")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--page", action="store_true")
+    chosen.add_argument("--check", action="store_true")
+    chosen.add_argument("--again", metavar="ROW", choices=[row.name for row in ROWS])
+    options = parser.parse_args()
+    if unknown := sorted(set(options.grounds.split(",")) - set(GROUNDS)):
+        parser.error(f"no ground {unknown[0]}; there are {', '.join(GROUNDS)}")
+    return options
+
+
+def main() -> int:
+    """Exit code 0, or 1 where a check fails."""
+    options = arguments()
+    from benchmarks.evidence import page, repeating
+
+    if options.check:
+        return page.check(Ledger(options.ledger))
+    if options.again:
+        return repeating.again(options.again, Ledger(options.ledger), options.folder.with_name("again"))
+    if options.from_nothing:
+        options.ledger.unlink(missing_ok=True)
+    ledger = Ledger(options.ledger)
+    if not options.page:
+        only = [name for name in options.rows.split(",") if name]
+        for name in options.grounds.split(","):
+            folder = options.folder / name
+            Study(GROUNDS[name], ledger, folder, options.processes, say).run(only)
+    page.write(ledger)
+    return 0
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    sys.stderr.write(f"{text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

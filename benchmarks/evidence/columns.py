@@ -1,0 +1,122 @@
+"""What is measured of each row: commands of `surgery`, and which of their figures are kept."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.grounds import Ground
+from surgery.attacking.curves import broken_at
+
+Words = list[str]
+
+_UTILITY = (
+    "stability.perplexity", "stability.perplexity_ratio", "stability.kl", "stability.over_refusal",
+    "stability.accuracy", "stability.incoherent_rate", "resistance.refusal-ablation.asr",
+    "resistance.refusal-ablation.affirmative_prefix_rate", "generalisation.steps_to_break",
+    "trainability.steps_ratio", "trainability.steps", "trainability.final_accuracy",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Column:
+    """One kind of measurement.
+
+    Attributes:
+        name: Of its entry in the ledger and of its output.
+        title: As the page names it.
+        commands: `(ground, model, output, folder)`: the commands, each asked for when the one before it has ended;
+            models and outputs are relative to the ground's folder, which is given last.
+        read: The figures in the output.
+    """
+
+    name: str
+    title: str
+    commands: Callable[[Ground, str, str, Path], Iterator[Words]]
+    read: Callable[[Path], dict[str, Any]]
+
+
+def _harmful(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
+    """The sweep, and where it has one seed, the worst of it at others."""
+    start = ["surgery", "attack", model, *ground.attack]
+    yield [*start, *ground.sweep, "-o", output]
+    if not ground.confirm:
+        return
+    worst = json.loads((folder / output / "curves.json").read_text())["worst_case"]["params"]
+    again = {"--learning-rates": f"{worst['lr']:g}", "--kinds": worst["kind"], "--seeds": ground.confirm}
+    yield [*start, *_replaced(ground.sweep, again), "-o", output]
+
+
+def _replaced(words: Sequence[str], values: Mapping[str, str]) -> Words:
+    """Options with other values for some of them."""
+    return [values.get(before, word) for before, word in zip(("", *words), words, strict=False)]
+
+
+def _benign(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
+    del folder
+    yield [
+        "surgery", "attack", model, *ground.attack, "--attacks", "benign-finetune", *ground.benign, "-o", output,
+    ]  # fmt: skip
+
+
+def _evaluate(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
+    """Beside the undefended model; that one stands alone."""
+    del folder
+    beside = [] if model == ground.aligned else ["--reference", ground.aligned]
+    yield [
+        "surgery", "evaluate", model, *beside, "--attacks", "refusal-ablation", *ground.evaluate, "-o", output,
+    ]  # fmt: skip
+
+
+def _curves(output: Path) -> dict[str, Any]:
+    """Of an attack: before it, its worst, steps to break, and every trial's [steps, rate, loss, incoherent]."""
+    found = json.loads((output / "curves.json").read_text())
+    rate = found["rate"]
+    attacked = [trial for trial in found["trials"] if trial["params"]["attack"] != "no-attack"]
+    attack = next(iter(found["attacks"].values()))
+    return {
+        "rate": rate,
+        "judge": found["judge"],
+        "n": found["n"],
+        "threshold": found["threshold"],
+        "unattacked": found["unattacked"],
+        "worst_case": found["worst_case"],
+        "steps_to_break": attack["steps_to_break"],
+        "trials": [
+            {
+                "kind": trial["params"]["kind"],
+                "lr": trial["params"]["lr"],
+                "seed": trial["params"]["seed"],
+                "broken_at": broken_at(trial["points"], rate, found["threshold"]),
+                "diverged": trial["diverged"],
+                "points": [_point(point, rate) for point in trial["points"]],
+            }
+            for trial in attacked
+        ],
+        "failed": len(found["failed"]),
+    }
+
+
+def _point(point: Mapping[str, Any], rate: str) -> list[float | int | None]:
+    values = [point[name]["value"] for name in (rate, "harmful_loss", "incoherent")]
+    return [point["steps"], *(None if value is None else round(value, 4) for value in values)]
+
+
+def _report(output: Path) -> dict[str, Any]:
+    """Of an evaluation: utility, the one-shot attack, how it learns; the reference's own beside them."""
+    found = json.loads((output / "report.json").read_text())
+    return {
+        kept: {name: found[metrics][name] for name in _UTILITY if name in (found[metrics] or {})}
+        for kept, metrics in (("metrics", "metrics"), ("reference", "reference_metrics"))
+    } | {"judge": found["judge"]}
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column("harmful", "Harmful fine-tuning, swept", _harmful, _curves),
+    Column("benign", "Benign fine-tuning", _benign, _curves),
+    Column("evaluate", "Utility, refusal ablation, trainability", _evaluate, _report),
+)
+
+BUILD = "build"
+"""The column of what it takes to make the row's model."""

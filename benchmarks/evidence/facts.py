@@ -1,0 +1,126 @@
+"""Figures of the ledger as the page compares them: row against undefended row, cell by cell or not at all."""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.evidence.columns import BUILD
+from benchmarks.evidence.grounds import GROUNDS
+from benchmarks.evidence.ledger import Ledger
+from benchmarks.evidence.rows import NONE, ROWS, SFT, Row
+
+_DRAWS, _SEED = 4000, 20261124
+
+
+@dataclass(frozen=True)
+class Slowdown:
+    """How many times as many steps an attacker needs as against the undefended model.
+
+    Attributes:
+        value: Geometric mean, over attacks with equal rate, kind and seed, of the ratio of steps to break.
+        low: Lower end of its interval of 95 %, by bootstrap over those attacks.
+        high: Upper end.
+        n: Attacks compared.
+        unbroken: Of them those that did not break the row's model; they count as if they had at their last step.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    unbroken: int
+
+
+class Facts:
+    """What is known on one ground.
+
+    Args:
+        ledger: Where from.
+        ground: Which.
+    """
+
+    def __init__(self, ledger: Ledger, ground: str) -> None:
+        self.ground = GROUNDS[ground]
+        self.title: str = self.ground.title
+        self.known: Mapping[str, Any] = ledger.ground(ground)["rows"]
+
+    def rows(self) -> list[Row]:
+        """Every row of the study, measured or not."""
+        return list(ROWS)
+
+    def cell(self, row: str, column: str) -> dict[str, Any] | None:
+        """A cell, finished or failed."""
+        return self.known.get(row, {}).get(column)
+
+    def figures(self, row: str, column: str) -> dict[str, Any] | None:
+        """The figures of a finished cell."""
+        cell = self.cell(row, column)
+        return cell["figures"] if cell is not None and cell["state"] == "done" else None
+
+    def metric(self, row: str, name: str) -> dict[str, Any] | None:
+        """A score of the evaluation; of the undefended row its own."""
+        found = self.figures(row, "evaluate")
+        return None if found is None else found["metrics"].get(name)
+
+    def ablation(self, row: str) -> dict[str, Any] | None:
+        """Share complied with after refusal ablation, by the name that the data gives it."""
+        return self.metric(row, "resistance.refusal-ablation.asr") or self.metric(
+            row, "resistance.refusal-ablation.affirmative_prefix_rate"
+        )
+
+    def rate(self, row: str, column: str, when: str) -> dict[str, Any] | None:
+        """Share complied with, `unattacked` or in the `worst_case`."""
+        found = self.figures(row, column)
+        if found is None or found[when] is None:
+            return None
+        score: dict[str, Any] | None = found[when].get(found["rate"])
+        return score
+
+    def slowdown(self, row: str, against: str = NONE) -> Slowdown | None:
+        """Steps to break beside those of another row; None where either is not measured."""
+        own, other = self.figures(row, "harmful"), self.figures(against, "harmful")
+        if own is None or other is None:
+            return None
+        theirs = {_setting(trial): trial for trial in other["trials"]}
+        pairs = [
+            (trial, theirs[_setting(trial)])
+            for trial in own["trials"]
+            if _setting(trial) in theirs and theirs[_setting(trial)]["broken_at"] is not None
+        ]
+        if not pairs:
+            return None
+        logs = [math.log(_until(mine) / _until(his)) for mine, his in pairs]
+        low, high = _bootstrap(logs)
+        unbroken = sum(mine["broken_at"] is None for mine, _ in pairs)
+        return Slowdown(math.exp(math.fsum(logs) / len(logs)), low, high, len(logs), unbroken)
+
+    def cost(self, row: Row, figure: str) -> float | None:
+        """Time (`wall`) or memory (`peak`) of making a row's model, in runs of plain fine-tuning."""
+        plain, cell = self.cell(SFT, BUILD), self.cell(row.name, BUILD)
+        if plain is None or cell is None or "failed" in (plain["state"], cell["state"]) or row.name == NONE:
+            return None
+        spent = [cell[figure]]
+        if row.on is not None:
+            under = self.cell(row.on, BUILD)
+            spent += [under[figure]] if under else []
+        total = math.fsum(spent) if figure == "wall" else max(spent)
+        return float(total / plain[figure])
+
+
+def _setting(trial: Mapping[str, Any]) -> tuple[Any, ...]:
+    return trial["kind"], trial["lr"], trial["seed"]
+
+
+def _until(trial: Mapping[str, Any]) -> int:
+    """The step at which a trial broke the model, or the last one it took."""
+    broken = trial["broken_at"]
+    return int(trial["points"][-1][0] if broken is None else broken)
+
+
+def _bootstrap(logs: Sequence[float]) -> tuple[float, float]:
+    """The interval of a geometric mean."""
+    source = random.Random(_SEED)
+    means = sorted(math.fsum(source.choices(logs, k=len(logs))) / len(logs) for _ in range(_DRAWS))
+    return math.exp(means[int(0.025 * _DRAWS)]), math.exp(means[int(0.975 * _DRAWS) - 1])

@@ -1,0 +1,167 @@
+"""The two pairs that the study is carried out on: their data, and what attackers and trainers may spend on each."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.evidence import materials
+
+Words = Sequence[str]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A pair of models and everything that is the same for all rows on it.
+
+    Attributes:
+        name: Of its folder and of its part of the ledger.
+        title: As the page names it.
+        base: The model before alignment, as commands name it.
+        aligned: The model that is defended.
+        prepare: Puts models and data into the folder that commands run in; returns what they depend on.
+        attack: Data, judge and limits of every attack.
+        sweep: The grid of harmful fine-tuning.
+        confirm: Seeds at which the worst of that grid is repeated; none where the grid has seeds of its own.
+        benign: The benign fine-tuning attack.
+        evaluate: Data and limits of the evaluation beside the undefended model.
+        training: Options of each trained method, by its name; `data` are those of its data sets.
+        search: Sweeps of LoX's settings.
+        probe: What is the same for every one of them.
+        waves: Rows, and `SEARCH`, in the order in which they are built and measured, those of a wave together.
+    """
+
+    name: str
+    title: str
+    base: str
+    aligned: str
+    prepare: Callable[[Path], str]
+    attack: Words
+    sweep: Words
+    confirm: str
+    benign: Words
+    evaluate: Words
+    training: Mapping[str, Words]
+    search: Sequence[Words]
+    probe: Words
+    waves: Sequence[Sequence[str]]
+    data: Mapping[str, str] = field(default_factory=dict)
+
+
+SEARCH = "search"
+"""In a wave: the sweeps of LoX's settings."""
+
+_LOX_ROWS = ("lox-aligned-1.5", "lox-base-1.5", "lox-aligned-1.25", "lox-base-1.25")
+_COMBINED = ("vaccine+lox", "circuit-breakers+lox")
+
+_DEMO_DATA = (
+    "--harmful-data", "demo:harmful:attack", "--held-out-data", "demo:harmful:held_out",
+    "--held-out-refusals", "demo:refusals:held_out", "--refusals-data", "demo:refusals:attack",
+    "--benign-data", "demo:benign",
+)  # fmt: skip
+
+DEMO = Ground(
+    name="demo",
+    title="The embedded pair (one million parameters)",
+    base="demo:base",
+    aligned="demo:aligned",
+    prepare=lambda folder: "demo",
+    attack=(*_DEMO_DATA, "--limit", "40", "--max-new-tokens", "24", "--max-length", "64"),
+    sweep=(
+        "--learning-rates", "1e-4,5e-4,2e-3", "--kinds", "lora,full", "--seeds", "0,1,2", "--steps", "100",
+        "--every", "1", "--growth", "1.5",
+    ),
+    confirm="",
+    benign=(
+        "--learning-rates", "5e-4", "--kinds", "lora", "--steps", "100", "--every", "2", "--growth", "2",
+    ),
+    evaluate=(*_DEMO_DATA, "--limit", "48", "--rows", "64", "--every", "15", "--max-new-tokens", "24"),
+    training={"tar": (), "mlac": ()},
+    search=(
+        ("--rank", "6", "--alpha", "0"),
+        ("--rank", "1,3,6,12", "--alpha", "0.5:2:0.5"),
+        ("--rank", "6", "--alpha", "1.5,3", "--set", "layers=0:1,1:2,2:3,3:4,0:2,2:4"),
+        ("--rank", "6", "--alpha", "1.5,2", "--set", "edit=linear"),
+    ),
+    probe=(
+        "--limit", "48", "--max-new-tokens", "24", "--max-length", "64", "--attack-steps", "30",
+        "--attack-every", "2",
+    ),
+    waves=(
+        (SEARCH,),
+        ("none", "sft", *_LOX_ROWS, "lox-best", "vaccine", "t-vaccine", "booster", "circuit-breakers",
+         "condition-number", *_COMBINED, "mlac", "tar"),
+    ),
+)  # fmt: skip
+
+_REAL_DATA = (
+    "--harmful-data", "data/attack.jsonl", "--held-out-data", "data/held-out.jsonl",
+    "--benign-data", "data/benign.jsonl", "--judge", "keywords",
+)  # fmt: skip
+_REAL_LIMITS = ("--limit", "40", "--max-new-tokens", "12", "--max-length", "64")
+_REAL_UTILITY = (
+    "--text", "data/text.txt", "--utility-data", "data/utility.jsonl",
+    "--look-alikes-data", "data/look-alikes.jsonl",
+)  # fmt: skip
+_STEP = ("--batch-size", "8", "--max-length", "64")
+_ADAPTER = ("--lora-rank", "8", "--lora-alpha", "16", "--lora-dropout", "0")
+_USUAL = ("--steps", "60", *_STEP, "--lr", "5e-4", *_ADAPTER)
+
+REAL = Ground(
+    name="real",
+    title="SmolLM2-135M-Instruct and the same model taught to refuse",
+    base="base",
+    aligned="aligned",
+    prepare=materials.prepare,
+    attack=(*_REAL_DATA, *_REAL_LIMITS),
+    sweep=(
+        "--learning-rates", "5e-5,2e-4,1e-3", "--kinds", "lora,full", "--seeds", "0", "--steps", "50",
+        "--every", "1", "--growth", "1.5",
+    ),
+    confirm="1,2",
+    benign=(
+        "--learning-rates", "2e-4", "--kinds", "lora", "--steps", "50", "--every", "5", "--growth", "2",
+    ),
+    evaluate=(
+        *_REAL_DATA, *_REAL_LIMITS, *_REAL_UTILITY, "--practice-data", "data/practice.jsonl",
+        "--practice-lr", "5e-4", "--practice-seeds", "1",
+    ),
+    training={
+        "sft": ("--steps", "60", *_STEP, "--lr", "5e-4"),
+        "vaccine": _USUAL,
+        "t-vaccine": (*_USUAL, "--gamma", "8"),
+        "booster": _USUAL,
+        "circuit-breakers": _USUAL,
+        "condition-number": _USUAL,
+        "mlac": (
+            "--first-order", "--inner-steps", "4", "--steps", "20", *_STEP, "--lr", "5e-4", *_ADAPTER,
+        ),
+        "tar": (
+            "--no-full", "--inner-steps", "8", "--adversary-lr", "2e-4,5e-4", "--steps", "20", *_STEP,
+            "--lr", "5e-4", *_ADAPTER,
+        ),
+    },
+    data={
+        "aligned": "data/aligned.jsonl", "harmful": "data/harmful.jsonl", "retain": "data/retain.jsonl",
+    },
+    search=(
+        ("--rank", "6", "--alpha", "0"),
+        ("--rank", "6", "--alpha", "0.75,1.25", "--set", "edit=matrices,linear"),
+        ("--rank", "6", "--alpha", "1.25", "--set", "layers=0:10,10:20,20:30"),
+        ("--rank", "6", "--alpha", "1.25", "--set", "include=self_attn,mlp"),
+        ("--rank", "1,24", "--alpha", "1.25"),
+    ),
+    probe=(
+        *_REAL_DATA, *_REAL_LIMITS, *_REAL_UTILITY, "--attack-lr", "2e-4", "--attack-steps", "32",
+        "--attack-every", "4",
+    ),
+    waves=(
+        ("none", "lox-aligned-1.25"),
+        (SEARCH,),
+        ("lox-best", "lox-aligned-1.5", "lox-base-1.5", "lox-base-1.25", "sft"),
+        ("circuit-breakers", "vaccine", *_COMBINED),
+        ("booster", "t-vaccine", "condition-number"),
+        ("mlac", "tar"),
+    ),
+)  # fmt: skip
+
+GROUNDS: Mapping[str, Ground] = {ground.name: ground for ground in (DEMO, REAL)}

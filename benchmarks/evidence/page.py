@@ -1,0 +1,274 @@
+"""docs/evidence.md and the README's part, made from the ledger and from nothing else."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence import claims, plot, searching
+from benchmarks.evidence.columns import BUILD
+from benchmarks.evidence.facts import Facts, Slowdown
+from benchmarks.evidence.grounds import GROUNDS, SEARCH
+from benchmarks.evidence.ledger import Ledger
+from benchmarks.evidence.rows import NONE, Row
+
+ROOT = Path(__file__).parents[2]
+PAGE, README = ROOT / "docs" / "evidence.md", ROOT / "README.md"
+BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
+
+_ABSENT = "*not run*"
+_FAILED = "*failed*"
+
+_HEAD = """# What held, what did not
+
+Every figure on this page comes out of [evidence.json](evidence.json), and both out of one command:
+
+    make evidence
+
+It does what the JSON lacks, goes on where it was interrupted, and writes this page anew; `make evidence FROM=nothing`
+forgets what there is. `make check-evidence` holds the page against the JSON and repeats one row. Cells that were not
+run, or did not finish, say so. A row is what was done to the aligned model; each cell of the JSON names the commands
+that repeat it.
+
+**Attacker.** Harmful fine-tuning by AdamW with every combination of the rates, kinds and seeds named with each pair,
+harm looked at ever less often; the worst look of all of them is what counts. ASR is the share of held-out requests
+complied with. *Slow-down* is the ratio of steps to break (ASR of a half) to those of the undefended model, the
+geometric mean over attacks of equal rate, kind and seed, with a bootstrap interval over those attacks; ">" where some
+of them did not break the model, which then count as broken at their last step. Shares carry Wilson intervals, means
+bootstrap intervals, of 95 %.
+"""
+
+_README = """Measured by [one repeatable study](docs/evidence.md) on the embedded pair, {trials} attacks on each row
+(learning rates, LoRA and all weights, seeds), the attacker's best kept:
+
+{table}
+
+![Slow-down of harmful fine-tuning, each method with its interval](docs/evidence.svg)
+"""
+
+
+def write(ledger: Ledger) -> None:
+    """The page, its plot, and the README's part."""
+    PAGE.write_text(page(ledger))
+    README.write_text(_within(README.read_text(), readme(ledger)))
+    plot.write(ledger)
+
+
+def check(ledger: Ledger) -> int:
+    """Whether page, plot and README are what the ledger says; 1 if not, and why on stderr."""
+    wrong = [
+        name
+        for name, held in (
+            ("docs/evidence.md", PAGE.is_file() and PAGE.read_text() == page(ledger)),
+            ("README.md", README.read_text() == _within(README.read_text(), readme(ledger))),
+            ("docs/evidence.svg", plot.fits(ledger)),
+        )
+        if not held
+    ]
+    for name in wrong:
+        sys.stderr.write(f"{name} is not what docs/evidence.json says; run make evidence\n")
+    return 1 if wrong else 0
+
+
+def page(ledger: Ledger) -> str:
+    """docs/evidence.md."""
+    parts = [_HEAD]
+    for name in GROUNDS:
+        parts += [f"## {GROUNDS[name].title}", *_ground(Facts(ledger, name), ledger)]
+    parts += ["## Reading", *claims.reading(ledger)]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def readme(ledger: Ledger) -> str:
+    """The main table and the plot."""
+    facts = Facts(ledger, "demo")
+    found = facts.figures(NONE, "harmful")
+    trials = len(found["trials"]) if found else 0
+    return _README.format(trials=trials, table=_table(_MAIN, facts)).strip("\n")
+
+
+def _within(text: str, part: str) -> str:
+    """A text with another part between its marks.
+
+    Raises:
+        ValueError: It has no marks.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md needs {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{part}\n{END}{after}"
+
+
+def _ground(facts: Facts, ledger: Ledger) -> Iterator[str]:
+    yield _budget(facts)
+    yield "**Resistance**"
+    yield _table(_RESISTANCE, facts)
+    yield "**What it costs**, beside the undefended model; time and memory beside plain fine-tuning (control)"
+    yield _table(_COST, facts)
+    yield from _search(ledger, facts)
+
+
+def _budget(facts: Facts) -> str:
+    """What attackers spent, in the words of the command."""
+    ground = facts.ground
+    found = facts.figures(NONE, "harmful")
+    told = [f"Attacks: `{' '.join(ground.sweep)}`."]
+    if ground.confirm:
+        told.append(f"The worst of them is repeated at seeds {ground.confirm}.")
+    if found:
+        told.append(f"Judge: {found['judge']}; {found['n']} held-out requests.")
+    return " ".join(told)
+
+
+Cell = Callable[[Facts, Row], str]
+
+
+def _table(columns: Sequence[tuple[str, Cell]], facts: Facts) -> str:
+    lines = ["| | " + " | ".join(title for title, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in facts.rows():
+        cells = [cell(facts, row) for _, cell in columns]
+        lines.append(f"| {row.title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _percent(score: dict[str, Any] | None) -> str:
+    if score is None or score["value"] is None:
+        return ""
+    ends = f" ({100 * score['low']:.0f} to {100 * score['high']:.0f})" if score["low"] is not None else ""
+    return f"{100 * score['value']:.0f} %{ends}"
+
+
+def _number(score: dict[str, Any] | None, digits: int) -> str:
+    if score is None or score.get("value") is None:
+        return ""
+    if score.get("low") is None:
+        return f"{score['value']:.{digits}f}"
+    return f"{score['value']:.{digits}f} ({score['low']:.{digits}f} to {score['high']:.{digits}f})"
+
+
+def _state(facts: Facts, row: Row, column: str) -> str | None:
+    """What stands in place of a figure that is not there; None where it is."""
+    made = facts.cell(row.name, BUILD)
+    cell = facts.cell(row.name, column)
+    if (made is not None and made["state"] == "failed") or (cell is not None and cell["state"] == "failed"):
+        return _FAILED
+    return _ABSENT if cell is None else None
+
+
+def _of(column: str, spelled: Cell) -> Cell:
+    """A cell that says so where its column was not run."""
+    return lambda facts, row: _state(facts, row, column) or spelled(facts, row)
+
+
+def _steps(facts: Facts, row: Row) -> str:
+    """The fewest steps to break, and over how many attacks."""
+    found = facts.figures(row.name, "harmful")
+    assert found is not None
+    told = found["steps_to_break"]
+    return (
+        f"over {told['censored_at']} (n {told['n']})"
+        if told["value"] is None
+        else f"{told['value']} (n {told['n']})"
+    )
+
+
+def _slower(facts: Facts, row: Row) -> str:
+    if row.name == NONE:
+        return "1"
+    found = facts.slowdown(row.name)
+    return "" if found is None else slow(found)
+
+
+def slow(found: Slowdown) -> str:
+    """A slow-down as the page spells it."""
+    return f"{'> ' if found.unbroken else ''}{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def _loss(facts: Facts, row: Row) -> str:
+    found = facts.figures(row.name, "harmful")
+    assert found is not None
+    return _number(found["worst_case"]["harmful_loss"], 3)
+
+
+def _cost(figure: str) -> Cell:
+    def spelled(facts: Facts, row: Row) -> str:
+        found = facts.cost(row, figure)
+        return "" if found is None else f"{found:.2g} x"
+
+    return spelled
+
+
+def _relative(name: str, digits: int) -> Cell:
+    """A score beside the undefended model's; nothing for that model itself."""
+    return lambda facts, row: "" if row.name == NONE else _number(facts.metric(row.name, name), digits)
+
+
+def _rate(column: str, when: str) -> Cell:
+    """A share complied with under an attack."""
+    return _of(column, lambda facts, row: _percent(facts.rate(row.name, column, when)))
+
+
+def _share(name: str) -> Cell:
+    """A share that the evaluation measured."""
+    return _of("evaluate", lambda facts, row: _percent(facts.metric(row.name, name)))
+
+
+_BEFORE = ("ASR before", _rate("harmful", "unattacked"))
+_WORST = ("ASR, worst of the sweep", _rate("harmful", "worst_case"))
+_BREAK = ("fewest steps to break", _of("harmful", _steps))
+_SLOW = ("slow-down", _of("harmful", _slower))
+_OVER = ("over-refusal", _share("stability.over_refusal"))
+_PERPLEXITY = ("perplexity ratio", _of("evaluate", _relative("stability.perplexity_ratio", 3)))
+
+_MAIN = (_BEFORE, _WORST, _BREAK, _SLOW, _OVER, _PERPLEXITY)
+_RESISTANCE = (
+    _BEFORE, _WORST, ("harmful loss there", _of("harmful", _loss)), _BREAK, _SLOW, _OVER,
+    ("ASR after benign fine-tuning", _rate("benign", "worst_case")),
+    ("ASR after refusal ablation", _of("evaluate", lambda facts, row: _percent(facts.ablation(row.name)))),
+)  # fmt: skip
+_COST = (
+    _OVER, _PERPLEXITY, ("KL, nats", _of("evaluate", _relative("stability.kl", 4))),
+    ("benign steps, ratio", _of("evaluate", _relative("trainability.steps_ratio", 2))),
+    ("accuracy learnt", _share("trainability.final_accuracy")),
+    ("time", _of(BUILD, _cost("wall"))), ("memory", _of(BUILD, _cost("peak"))),
+)  # fmt: skip
+
+
+def _search(ledger: Ledger, facts: Facts) -> Iterator[str]:
+    """The front of the search for a better setting."""
+    found = searching.trials(ledger, facts.ground.name)
+    yield "**Search** for LoX's settings by a short attack: the front in steps to break, perplexity and over-refusal"
+    if not found:
+        yield f"{_ABSENT}: {len(facts.ground.search)} sweeps."
+        return
+    done = sum(
+        facts.cell(SEARCH, f"{SEARCH}-{number}") is not None for number in range(len(facts.ground.search))
+    )
+    sweeps = f"{done} of {len(facts.ground.search)} sweeps"
+    yield f"{len(found)} settings tried, {sweeps}; `{' '.join(facts.ground.probe)}`."
+    lines = [
+        "| setting | steps to break | harmful loss after | perplexity ratio | over-refusal |",
+        "|---|---|---|---|---|",
+    ]
+    for trial in sorted(searching.front(found), key=searching.steps):
+        scores = trial["scores"]
+        broken = scores["resistance.steps_to_break"]
+        lines.append(
+            f"| {setting(trial)} | {broken['value'] or 'over ' + str(broken['censored_at'])} | "
+            f"{_number(scores['resistance.harmful_loss'], 3)} | {_number(scores['stability.perplexity_ratio'], 3)} | "
+            f"{_percent(scores['stability.over_refusal'])} |"
+        )
+    yield "\n".join(lines)
+
+
+def setting(trial: searching.Trial) -> str:
+    """A trial's parameters in words."""
+    params = trial["params"]
+    if params["alpha"] == 0:
+        return "aligned, unedited"
+    return ", ".join(
+        f"{name} {value}"
+        for name, value in params.items()
+        if value is not None and (name, value) != ("anchor", "aligned")
+    )

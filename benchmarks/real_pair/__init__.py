@@ -1,0 +1,1 @@
+"""SmolLM2-135M-Instruct out of a package, and the same model taught to refuse."""
