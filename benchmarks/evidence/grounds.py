@@ -78,12 +78,13 @@ DEMO = Ground(
     training={"tar": (), "mlac": ()},
     search=(
         ("--rank", "6", "--alpha", "0"),
-        ("--rank", "1,3,6,12", "--alpha", "0.5:2:0.5"),
-        ("--rank", "6", "--alpha", "1.5,3", "--set", "layers=0:1,1:2,2:3,3:4,0:2,2:4"),
-        ("--rank", "6", "--alpha", "1.5,2", "--set", "edit=linear"),
+        ("--rank", "1,3,6,12", "--alpha", "1:2:0.5"),
+        ("--rank", "6", "--alpha", "1.5:2.5:0.5", "--set", r"exclude=layers\.3,layers\.[23],layers\.[123]"),
+        ("--rank", "6", "--alpha", "1.5", "--set", "layers=0:1,1:2,2:3,3:4"),
+        ("--rank", "6", "--alpha", "1.5", "--set", "include=embed,lm_head,self_attn,mlp"),
     ),
     probe=(
-        "--limit", "48", "--max-new-tokens", "24", "--max-length", "64", "--attack-steps", "30",
+        "--limit", "48", "--max-new-tokens", "24", "--max-length", "64", "--attack-steps", "48",
         "--attack-every", "2",
     ),
     waves=(
@@ -97,7 +98,8 @@ _REAL_DATA = (
     "--harmful-data", "data/attack.jsonl", "--held-out-data", "data/held-out.jsonl",
     "--benign-data", "data/benign.jsonl", "--judge", "keywords",
 )  # fmt: skip
-_REAL_LIMITS = ("--limit", "40", "--max-new-tokens", "12", "--max-length", "64")
+_REAL_ROWS = ("--max-new-tokens", "12", "--max-length", "64")
+_REAL_LIMITS = ("--limit", "40", *_REAL_ROWS)
 _REAL_UTILITY = (
     "--text", "data/text.txt", "--utility-data", "data/utility.jsonl",
     "--look-alikes-data", "data/look-alikes.jsonl",
@@ -112,10 +114,10 @@ REAL = Ground(
     base="base",
     aligned="aligned",
     prepare=materials.prepare,
-    attack=(*_REAL_DATA, *_REAL_LIMITS),
+    attack=(*_REAL_DATA, "--limit", "32", *_REAL_ROWS),
     sweep=(
         "--learning-rates", "5e-5,2e-4,1e-3", "--kinds", "lora,full", "--seeds", "0", "--steps", "50",
-        "--every", "1", "--growth", "1.5",
+        "--every", "1", "--growth", "2",
     ),
     confirm="1,2",
     benign=(
@@ -145,9 +147,10 @@ REAL = Ground(
     },
     search=(
         ("--rank", "6", "--alpha", "0"),
-        ("--rank", "6", "--alpha", "0.75,1.25", "--set", "edit=matrices,linear"),
+        ("--rank", "6", "--alpha", "1.25,2", "--set", r"exclude=layers\.(1[5-9]|2\d)"),
+        ("--rank", "6", "--alpha", "1.25"),
         ("--rank", "6", "--alpha", "1.25", "--set", "layers=0:10,10:20,20:30"),
-        ("--rank", "6", "--alpha", "1.25", "--set", "include=self_attn,mlp"),
+        ("--rank", "6", "--alpha", "1.25", "--set", "include=embed,self_attn,mlp"),
         ("--rank", "1,24", "--alpha", "1.25"),
     ),
     probe=(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ class Study:
         else:
             self.say(f"{self.ground.name}: {row.name}: build")
             output = f"{row.name}/{MODEL}"
-            self._carry_out(row.name, BUILD, key, iter([[*self._words(row), "-o", output]]), lambda: {}, None)
+            self._carry_out(row.name, BUILD, key, iter([[*self._words(row), "-o", output]]), dict, None)
         mark.write_text(key)
 
     def _measurements(self, row: Row, identity: str) -> list[Callable[[], None]]:
@@ -154,39 +155,33 @@ class Study:
         if self._cell(row, BUILD, identity) is None:
             return []
         lacking = [column for column in self.columns if self._cell(row, column.name, identity) is None]
-        return [lambda column=column: self._measure(row, column, identity) for column in lacking]  # type: ignore[misc]
+        return [partial(self._measure, row, column, identity) for column in lacking]
 
     def _measure(self, row: Row, column: Column, identity: str) -> None:
         key = self.key(row, column.name, identity)
         output = f"{row.name}/{MEASURED}-{column.name}-{key}"
         self.say(f"{self.ground.name}: {row.name}: {column.name}")
         commands = column.commands(self.ground, self._model(row), output, self.folder)
-        read = lambda: column.read(self.folder / output)  # noqa: E731
-        self._carry_out(row.name, column.name, key, commands, read, 1)
+        self._carry_out(row.name, column.name, key, commands, partial(column.read, self.folder / output), 1)
 
     def _searches(self, identity: str) -> list[Callable[[], None]]:
         """The sweeps of LoX's settings that are not done."""
         ground = self.ground
-        tasks = []
+        tasks: list[Callable[[], None]] = []
         for number, options in enumerate(ground.search):
-            name, output = f"{SEARCH}-{number}", f"{SEARCH}/{number}"
-            words = [
-                "surgery",
-                "sweep",
-                "lox",
-                ground.base,
-                ground.aligned,
-                *options,
-                *ground.probe,
-                "-o",
-                output,
-            ]
+            words = ["surgery", "sweep", "lox", ground.base, ground.aligned, *options, *ground.probe]
             key = digest_of(identity, words)
-            if self.ledger.cell(ground.name, SEARCH, name, key) is None:
-                (self.folder / SEARCH).mkdir(exist_ok=True)
-                tasks.append(lambda name=name, words=words, key=key, output=output: self._carry_out(
-                    SEARCH, name, key, iter([words]), lambda: searching.read(self.folder / output), 1))  # type: ignore[misc]  # fmt: skip
+            if self.ledger.cell(ground.name, SEARCH, f"{SEARCH}-{number}", key) is None:
+                tasks.append(partial(self._search, f"{SEARCH}-{number}", words, key))
         return tasks
+
+    def _search(self, name: str, words: list[str], key: str) -> None:
+        """One sweep; its trials are kept in a folder of that key."""
+        (self.folder / SEARCH).mkdir(exist_ok=True)
+        output = f"{SEARCH}/{key}"
+        self.say(f"{self.ground.name}: {SEARCH}: {' '.join(words[3:9])} ...")
+        read = partial(searching.read, self.folder / output)
+        self._carry_out(SEARCH, name, key, iter([[*words, "-o", output]]), read, 1)
 
     def _carry_out(
         self, row: str, column: str, key: str, commands: Iterator[list[str]], read: Callable[[], dict[str, Any]],
