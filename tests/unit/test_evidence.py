@@ -1,0 +1,314 @@
+"""The evidence study: what its ledger keeps, what its page says, and that a change of either is noticed."""
+
+import copy
+import json
+import math
+
+import pytest
+
+from benchmarks.evidence import claims, columns, facts, page, plot, repeating, searching
+from benchmarks.evidence.columns import BUILD
+from benchmarks.evidence.facts import Facts
+from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH
+from benchmarks.evidence.ledger import Ledger, digest_of, dumped
+from benchmarks.evidence.rows import NONE, ROWS, SFT, named
+from benchmarks.evidence.running import CommandFailedError, run
+from benchmarks.evidence.study import Study
+
+LOX = "lox-aligned-1.5"
+
+
+def share(value, n=48):
+    return {
+        "value": value,
+        "n": n,
+        "low": max(0.0, value - 0.1),
+        "high": min(1.0, value + 0.1),
+        "interval": "wilson",
+    }
+
+
+def mean(value):
+    return {"value": value, "n": 48, "low": value * 0.9, "high": value * 1.1, "interval": "bootstrap"}
+
+
+def trial(broken_at, *, kind="lora", lr=5e-4, seed=0, looks=(0, 1, 2, 4, 8, 16, 32)):
+    points = [[step, 1.0 if broken_at is not None and step >= broken_at else 0.0, 1.0, 0.0] for step in looks]
+    return {"kind": kind, "lr": lr, "seed": seed, "broken_at": broken_at, "diverged": False, "points": points}
+
+
+def harmful(trials, worst=1.0):
+    broken = [one["broken_at"] for one in trials if one["broken_at"] is not None]
+    told = {"value": min(broken), "censored_at": None} if broken else {"value": None, "censored_at": 32}
+    return {
+        "rate": "asr", "judge": "known answers", "n": 48, "threshold": 0.5,
+        "unattacked": {"asr": share(0.0)},
+        "worst_case": {"asr": share(worst), "harmful_loss": mean(0.01)},
+        "steps_to_break": {**told, "n": len(trials)},
+        "trials": trials, "failed": 0,
+    }  # fmt: skip
+
+
+def evaluated(over_refusal=0.0, perplexity=1.0):
+    metrics = {
+        "stability.over_refusal": share(over_refusal),
+        "stability.perplexity_ratio": mean(perplexity),
+        "stability.kl": mean(0.02),
+        "resistance.refusal-ablation.asr": share(0.8),
+    }
+    return {"metrics": metrics, "reference": {}, "judge": "known answers"}
+
+
+def done(figures, **more):
+    told = {"state": "done", "key": "k", "commands": ["surgery x"], "wall": 10.0, "peak": 100.0}
+    return {**told, "figures": figures, **more}
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    """A ledger with three rows of the demo ground: undefended, the control, and LoX twice as slow to break."""
+    found = Ledger(tmp_path / "evidence.json")
+    for row, factor in ((NONE, 1), (SFT, 1), (LOX, 2)):
+        trials = [trial(4 * factor, seed=seed) for seed in range(3)]
+        trials += [trial(8 * factor, seed=seed, kind="full") for seed in range(3)]
+        found.put("demo", row, BUILD, done({}, wall=10.0 * factor))
+        found.put("demo", row, "harmful", done(harmful(trials)))
+        found.put("demo", row, "benign", done(harmful([trial(None)], worst=0.2)))
+        found.put("demo", row, "evaluate", done(evaluated()))
+    return found
+
+
+def test_a_ledger_comes_back_as_it_was_kept_and_knows_cells_by_their_key(ledger):
+    again = Ledger(ledger.path)
+    assert again.document == ledger.document
+    assert again.cell("demo", LOX, "harmful", "k") == ledger.cell("demo", LOX, "harmful")
+    assert again.cell("demo", LOX, "harmful", "another key") is None
+    assert again.cell("demo", "tar", "harmful") is None
+
+
+def test_a_failed_cell_counts_as_not_there(ledger):
+    ledger.put("demo", LOX, "harmful", {"state": "failed", "key": "k", "error": "no memory"})
+    assert ledger.cell("demo", LOX, "harmful", "k") is None
+    assert "*failed*" in page.page(ledger)
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"a": [1, 2]}, {"a": {"b": [[1, 0.5], [2, None]], "c": []}, "d": "x" * 200}]
+)
+def test_the_spelling_of_a_ledger_is_json(content):
+    assert json.loads(dumped(content)) == content
+
+
+def test_nan_is_refused():
+    with pytest.raises(ValueError, match="JSON"):
+        dumped({"a": math.nan})
+
+
+def test_a_slow_down_is_the_geometric_mean_of_ratios_of_equal_attacks(ledger):
+    found = Facts(ledger, "demo").slowdown(LOX)
+    # By the straight line between looks: from 3 to 6 and from 6 to 12 steps.
+    assert found.value == pytest.approx(2.0)
+    assert (found.n, found.unbroken) == (6, 0)
+    assert found.low <= found.value <= found.high
+
+
+def test_attacks_are_compared_with_their_equals_alone(ledger):
+    figures = ledger.cell("demo", LOX, "harmful")["figures"]
+    figures["trials"] = [trial(16, lr=1e-4), *figures["trials"][:1]]
+    assert Facts(ledger, "demo").slowdown(LOX).n == 1
+
+
+def test_a_model_that_was_not_broken_counts_at_its_last_step_and_says_so(ledger):
+    figures = ledger.cell("demo", LOX, "harmful")["figures"]
+    figures["trials"] = [trial(None)]
+    found = Facts(ledger, "demo").slowdown(LOX)
+    assert found.value == pytest.approx(32 / 3)
+    assert found.unbroken == 1
+    assert page.slow(found).startswith("> ")
+
+
+def test_between_two_looks_the_break_is_where_the_line_reaches_the_threshold():
+    half = {"broken_at": 8, "points": [[0, 0.0, 1, 0], [4, 0.25, 1, 0], [8, 0.75, 1, 0]]}
+    assert facts.broken(half, 0.5) == pytest.approx(6.0)
+    assert 0 < facts.broken({"broken_at": 0, "points": [[0, 0.9, 1, 0]]}, 0.5) < 1
+
+
+def test_cost_is_told_in_runs_of_plain_fine_tuning(ledger):
+    found = Facts(ledger, "demo")
+    assert found.cost(named(LOX), "wall") == pytest.approx(2.0)
+    assert found.cost(named(NONE), "wall") is None
+    ledger.put("demo", "vaccine", BUILD, done({}, wall=30.0))
+    ledger.put("demo", "vaccine+lox", BUILD, done({}, wall=5.0))
+    assert Facts(ledger, "demo").cost(named("vaccine+lox"), "wall") == pytest.approx(3.5)
+
+
+def test_the_page_marks_what_was_not_run(ledger):
+    text = page.page(ledger)
+    line = next(line for line in text.splitlines() if line.startswith("| TAR "))
+    assert line.count("*not run*") == line.count("|") - 2
+    assert "*not run*" not in next(line for line in text.splitlines() if line.startswith("| No defence "))
+
+
+def test_every_row_and_every_ground_is_on_the_page(ledger):
+    text = page.page(ledger)
+    for ground in GROUNDS.values():
+        assert f"## {ground.title}" in text
+    for row in ROWS:
+        assert text.count(f"| {row.title} |") == 2 * len(GROUNDS)
+
+
+def test_a_page_that_is_not_the_ledgers_is_noticed(ledger, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(page, "PAGE", tmp_path / "evidence.md")
+    monkeypatch.setattr(page, "README", tmp_path / "README.md")
+    monkeypatch.setattr(plot, "FILE", tmp_path / "evidence.svg")
+    page.README.write_text(f"before\n{page.BEGIN}\n{page.END}\nafter\n")
+    page.write(ledger)
+    assert page.check(ledger) == 0
+    assert page.README.read_text().startswith("before\n")
+    assert page.README.read_text().endswith("after\n")
+    first = plot.FILE.read_bytes()
+    page.write(ledger)
+    assert plot.FILE.read_bytes() == first
+    ledger.cell("demo", LOX, "harmful")["figures"]["trials"][0] = trial(32)
+    assert page.check(ledger) == 1
+    told = capsys.readouterr().err
+    assert all(name in told for name in ("docs/evidence.md", "README.md", "docs/evidence.svg"))
+
+
+def test_a_readme_without_marks_is_refused(ledger, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "README", tmp_path / "README.md")
+    page.README.write_text("nothing\n")
+    with pytest.raises(ValueError, match="needs"):
+        page.check(ledger)
+
+
+def test_claims_say_what_the_figures_say(ledger):
+    found = Facts(ledger, "demo")
+    assert "no row lowers" in claims.ceiling(found)
+    assert "LoX" in claims.slowest(found)
+    assert "missed" in claims.aim(found)
+    assert "above that: none" in claims.over_refusal(found)
+    assert claims.anchors(found) is None
+
+
+def test_claims_turn_with_the_figures(ledger):
+    cells = ledger.ground("demo")["rows"][LOX]
+    cells["harmful"]["figures"] = harmful(
+        [trial(32, kind=kind, seed=seed) for kind in ("lora", "full") for seed in range(3)], 0.3
+    )
+    cells["evaluate"]["figures"] = evaluated(over_refusal=0.5)
+    found = Facts(ledger, "demo")
+    assert "lower beyond both intervals: LoX" in claims.ceiling(found)
+    assert "50 %" in claims.over_refusal(found)
+    assert "the slowest to break is Plain fine-tuning" in claims.aim(found)
+
+
+def test_an_aim_that_is_reached_is_said_to_be(ledger):
+    cells = ledger.ground("demo")["rows"][LOX]
+    cells["harmful"]["figures"] = harmful([trial(32, seed=seed) for seed in range(3)])
+    assert "is reached by: LoX" in claims.aim(Facts(ledger, "demo"))
+
+
+def test_nothing_is_claimed_of_an_empty_ledger(tmp_path):
+    empty = Ledger(tmp_path / "none.json")
+    for ground in GROUNDS:
+        assert [claim for claim in claims.CLAIMS if claim(Facts(empty, ground)) is not None] == []
+    assert "*not run*" in page.page(empty)
+
+
+def searched(rank, alpha, steps, perplexity=1.0, over_refusal=0.0, loss=0.1, **more):
+    scores = {
+        "resistance.steps_to_break": {"value": steps, "censored_at": None if steps else 48, "n": 1},
+        "resistance.harmful_loss": mean(loss),
+        "stability.perplexity_ratio": mean(perplexity),
+        "stability.over_refusal": share(over_refusal),
+    }
+    return {"params": {"rank": rank, "alpha": alpha, "anchor": "aligned", **more}, "scores": scores}
+
+
+TRIALS = [
+    searched(6, 0.0, 6),
+    searched(6, 1.5, 14),
+    searched(6, 2.0, 28, exclude="layers"),
+    searched(6, 3.0, None, perplexity=1.5),
+    searched(12, 2.0, 28, loss=0.05),
+    searched(3, 2.0, 40, over_refusal=0.2),
+]
+
+
+def test_the_best_setting_is_the_slowest_that_can_be_afforded():
+    assert searching.best(TRIALS)["params"]["exclude"] == "layers"
+    assert searching.unedited(TRIALS)["params"]["alpha"] == 0
+    with pytest.raises(searching.NothingChosenError):
+        searching.best([TRIALS[0], TRIALS[3]])
+    with pytest.raises(searching.NothingChosenError):
+        searching.best(TRIALS[1:])
+
+
+def test_the_front_has_what_nothing_beats():
+    kept = [trial["params"] for trial in searching.front(TRIALS)]
+    assert TRIALS[3]["params"] in kept
+    assert TRIALS[2]["params"] in kept
+    assert TRIALS[1]["params"] not in kept
+    assert TRIALS[0]["params"] not in kept
+
+
+def test_the_chosen_setting_becomes_the_options_of_the_command(ledger):
+    ledger.put("demo", SEARCH, "search-0", done({"judge": "x", "trials": TRIALS}))
+    assert [*searching.chosen(ledger, DEMO)] == ["--rank", "6", "--alpha", "2", "--exclude", "layers"]
+
+
+def test_an_option_is_replaced_by_its_name():
+    words = ["--kinds", "lora,full", "--seeds", "0", "--steps", "50"]
+    assert columns._replaced(words, {"--kinds": "full", "--seeds": "1,2"}) == [
+        "--kinds", "full", "--seeds", "1,2", "--steps", "50",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("ground", [DEMO, REAL], ids=lambda ground: ground.name)
+def test_every_row_is_in_one_wave_after_what_it_starts_from(ground):
+    order = [name for wave in ground.waves for name in wave]
+    assert sorted(order) == sorted([SEARCH, *(row.name for row in ROWS)])
+    for row in ROWS:
+        if row.on is not None:
+            assert order.index(row.on) < order.index(row.name)
+    assert order.index(SEARCH) < order.index("lox-best")
+
+
+def test_keys_change_with_what_a_cell_depends_on(ledger, tmp_path):
+    study = Study(DEMO, ledger, tmp_path, 1, lambda text: None)
+    row = named("vaccine+lox")
+    keys = {study.key(row, column, "demo") for column in (BUILD, "harmful", "evaluate")}
+    assert len(keys) == 3
+    assert study.key(row, BUILD, "other data") not in keys
+    assert study.key(named("vaccine"), BUILD, "demo") not in keys
+    assert digest_of("a") != digest_of("b")
+
+
+def test_a_command_is_timed_and_a_failing_one_says_why(tmp_path):
+    ran = run(["python", "-c", "print('there')"], tmp_path, tmp_path / "log.txt", threads=1)
+    assert ran.wall > 0
+    assert ran.words == """python -c 'print('"'"'there'"'"')'"""
+    assert "there" in (tmp_path / "log.txt").read_text()
+    with pytest.raises(CommandFailedError, match="no such thing"):
+        run(["python", "-c", "raise SystemExit('no such thing')"], tmp_path, tmp_path / "log.txt")
+
+
+def test_a_row_that_comes_out_otherwise_is_noticed(ledger):
+    known = ledger.ground("demo")["rows"][LOX]
+    assert [*repeating.differences(known, known)] == []
+    for change, named_in in (
+        (
+            lambda cells: cells["harmful"]["figures"].update(harmful([trial(32), trial(16, kind="full")])),
+            "breaks it at",
+        ),
+        (lambda cells: cells["evaluate"]["figures"].update(evaluated(perplexity=2.0)), "perplexity_ratio"),
+        (lambda cells: cells[BUILD].update(state="failed", error="no memory"), "no memory"),
+        (lambda cells: cells.pop("evaluate"), "evaluate is missing"),
+    ):
+        other = copy.deepcopy(known)
+        change(other)
+        assert any(named_in in text for text in repeating.differences(known, other)), named_in
+    near = copy.deepcopy(known)
+    near["harmful"]["figures"]["trials"][0]["broken_at"] = 16
+    assert [*repeating.differences(known, near)] == []
