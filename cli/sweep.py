@@ -33,7 +33,7 @@ _ARGUMENTS: tuple[tuple[str, Any, str, str], ...] = (
 _OWN: list[measuring.Option] = [
     ("output", Path | None, None, ["--output", "-o"], "The folder for the study; ./<model>-sweep."),
     ("set", list[str] | None, None, ["--set"],
-     "Values of a field to try, as rho=1,2,4 or steps=20:60:20; of lox: layers, edit, include, exclude."),
+     "Values of a field to try, as rho=1,2,4 or steps=20:60:20; of lox: layers, depth, edit, include, exclude."),
     ("storage", str | None, None, ["--storage"], "A database that jobs share, as postgresql://..., not the folder."),
     ("choose", Path | None, None, ["--choose"],
      "Write the best trial within the bounds as a checkpoint, by a run of the method's own command."),

@@ -134,7 +134,7 @@ def plan_steps(
     edits = [step for step in steps.values() if step.action == "edit" and step.weight is None]
     if not edits:
         raise UsageError(
-            "the options select no tensor to edit; loosen --include, --exclude, --layers or --edit"
+            "the options select no tensor to edit; loosen --include, --exclude, --layers, --depth or --edit"
         )
     _refuse_rank(method, edits)
     return steps, tuple(note for note in (pairing.note, note, *planner.notes) if note)

@@ -39,6 +39,7 @@ _ROUTERS = frozenset(["gate", "router", "shared_expert_gate"])
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Names under which Granite and JetMoE stack their experts; taken for experts only with a count in the config.
 _STACKED = frozenset(["input_linear", "output_linear"])
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 # Parts of a multimodal model that are no language model, and modules that predict further tokens.
 _BESIDE = re.compile(
@@ -56,6 +57,12 @@ def layer_of(name: str) -> int | None:
     """The index of the language model's layer that a tensor belongs to, None outside its layers."""
     found = _LAYER.search(name)
     return int(found.group(1)) if found and not _BESIDE.search(name[: found.start() + 1]) else None
+
+
+def layer_count(config: Mapping[str, Any]) -> int | None:
+    """How many layers the language model has, None where its config does not say."""
+    told = text_config(config)
+    return next((told[key] for key in _LAYER_COUNTS if isinstance(told.get(key), int)), None)
 
 
 def module_of(name: str) -> str:

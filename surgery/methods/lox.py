@@ -38,7 +38,7 @@ from surgery.errors import InputError, UsageError
 from surgery.kernels import backend
 from surgery.kernels.store import TILE
 from surgery.methods.base import Choice, WeightEdit, WeightUpdate
-from surgery.selection import kind_of, layer_of
+from surgery.selection import kind_of, layer_count, layer_of
 
 _LINEAR_LEAVES_OUT = ("embedding", "head", "router")
 
@@ -65,6 +65,12 @@ class LoX(WeightEdit):
     layers: Annotated[str | None, Doc("Edit only these layers: 4:20 is from 4 up to, not including, 20.")] = (
         None
     )
+    depth: Annotated[
+        str | None,
+        Doc(
+            "Of all layers edit only those in this share of the depth, as 0:0.5; what is in no layer as ever."
+        ),
+    ] = None
     svd: Annotated[
         Literal["certified", "exact"], Doc("certified: block Krylov with an error bound; exact: full SVD.")
     ] = "certified"
@@ -88,6 +94,7 @@ class LoX(WeightEdit):
         for option, pattern in (("include", self.include), ("exclude", self.exclude)):
             _compiled(option, pattern)
         self._layer_range()
+        self._depth_share()
 
     def _check_rank(self) -> None:
         if isinstance(self.rank, int) and self.rank < 1:
@@ -116,6 +123,35 @@ class LoX(WeightEdit):
             )
         return range(*bounds)
 
+    def _depth_share(self) -> tuple[float, float] | None:
+        if self.depth is None:
+            return None
+        found = re.fullmatch(r"(\d*\.?\d*):(\d*\.?\d*)", self.depth)
+        low, high = (
+            (float(found[1] or 0), float(found[2] or 1)) if found and "." not in found.groups() else (1, 0)
+        )
+        if not 0 <= low < high <= 1:
+            raise UsageError(
+                f"depth is {self.depth!r}; it must be FROM:TO within 0 and 1 with FROM below TO, as in --depth 0:0.5"
+            )
+        return low, high
+
+    def _at_depth(self, name: str, config: Mapping[str, Any]) -> bool:
+        """Whether a tensor is in no layer, or in one whose middle lies in `depth`.
+
+        Raises:
+            InputError: The config does not tell how many layers there are.
+        """
+        share, layer = self._depth_share(), layer_of(name)
+        if share is None or layer is None:
+            return True
+        count = layer_count(config)
+        if count is None:
+            raise InputError(
+                "config.json does not tell the number of layers; give --layers in place of --depth"
+            )
+        return share[0] <= (layer + 0.5) / count < share[1]
+
     def choose(self, tensor: TensorInfo, config: Mapping[str, Any]) -> Choice:
         """Whether this tensor is edited, and why."""
         kind = kind_of(tensor, config)
@@ -130,6 +166,8 @@ class LoX(WeightEdit):
         layers = self._layer_range()
         if layers is not None and layer_of(tensor.name) not in layers:
             return Choice(False, "not in --layers")
+        if not self._at_depth(tensor.name, config):
+            return Choice(False, "not in --depth")
         return Choice(True, kind)
 
     def planned_rank(self, rows: int, columns: int) -> int:

@@ -17,7 +17,7 @@ from surgery.methods.lox import LoX
 Params = dict[str, Any]
 """`rank`, `alpha` and `anchor` of a trial, and fields that choose tensors."""
 
-CHOOSING = ("edit", "include", "exclude", "layers")
+CHOOSING = ("edit", "include", "exclude", "layers", "depth")
 """Fields of LoX that a sweep may vary beside those: which tensors are edited. The others change the decomposition."""
 
 # Values of one range at most: more is a slip of the pen.

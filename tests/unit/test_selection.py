@@ -3,7 +3,7 @@
 import pytest
 
 from surgery.checkpoint.header import TensorInfo
-from surgery.errors import UsageError
+from surgery.errors import InputError, UsageError
 from surgery.methods.lox import LoX
 from surgery.selection import kind_of, layer_of
 
@@ -79,3 +79,55 @@ def test_layers_are_those_of_the_language_model(name):
 def test_an_option_that_is_no_range_of_layers_is_refused():
     with pytest.raises(UsageError, match="layers"):
         LoX(layers="8:7")
+
+
+def chosen(depth, count, **config):
+    """The layers of a model that `depth` edits."""
+    config = config or {"num_hidden_layers": count}
+    names = (f"model.layers.{number}.mlp.up_proj.weight" for number in range(count))
+    return [number for number, name in enumerate(names) if LoX(depth=depth).choose(info(name), config).edit]
+
+
+@pytest.mark.parametrize(
+    ("depth", "count", "wanted"),
+    [
+        ("0:0.5", 4, [0, 1]),
+        ("0.5:", 4, [2, 3]),
+        (":0.34", 3, [0]),
+        ("0:1", 3, [0, 1, 2]),
+        ("0.25:.75", 4, [1, 2]),
+        ("0:0.5", 5, [0, 1]),
+        ("0.5:1", 5, [2, 3, 4]),
+    ],
+)
+def test_depth_takes_the_layers_whose_middle_lies_in_it(depth, count, wanted):
+    assert chosen(depth, count) == wanted
+
+
+@pytest.mark.parametrize(
+    "config", [{"n_layer": 4}, {"text_config": {"num_hidden_layers": 4}}, {"num_layers": 4}]
+)
+def test_the_number_of_layers_is_read_from_any_config(config):
+    assert chosen("0:0.5", 4, **config) == [0, 1]
+
+
+def test_depth_leaves_what_is_in_no_layer_to_the_other_options():
+    config = {"num_hidden_layers": 4}
+    assert LoX(depth="0:0.5").choose(info("model.embed_tokens.weight"), config).edit
+    assert LoX(depth="0:0.5").choose(info("lm_head.weight"), config).edit
+    assert not LoX(depth="0:0.5", edit="linear").choose(info("lm_head.weight"), config).edit
+    assert not LoX(depth="0:0.5", layers="1:4").choose(info("model.layers.0.mlp.up_proj.weight"), config).edit
+    choice = LoX(depth="0:0.5").choose(info("model.layers.3.mlp.up_proj.weight"), config)
+    assert (choice.edit, choice.reason) == (False, "not in --depth")
+
+
+@pytest.mark.parametrize("depth", ["0.5:0.5", "0.6:0.4", "0:1.5", "half", "", ".:1", "0:0.5:1", "-1:1"])
+def test_a_depth_that_is_no_share_is_refused(depth):
+    with pytest.raises(UsageError, match="depth"):
+        LoX(depth=depth)
+
+
+def test_depth_needs_the_number_of_layers():
+    with pytest.raises(InputError, match="--layers"):
+        LoX(depth="0:0.5").choose(info("model.layers.0.mlp.up_proj.weight"), {})
+    assert LoX(depth="0:0.5").choose(info("model.embed_tokens.weight"), {}).edit
