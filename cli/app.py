@@ -47,6 +47,9 @@ def _callback(name: str) -> Any:
 
 def _configured(parent: Any, command: Any, name: str | None) -> Any:
     """The context of the top level, with what a file says of this command checked and by its parameters' names."""
+    # Every option has its variable, named by one rule that the top level tells: a line for each would bury the help.
+    for parameter in command.params:
+        parameter.show_envvar = False
     if parent is not None and name is not None and name in (parent.default_map or {}):
         table = configuring.defaults(parent.default_map[name], command.params, name)
         parent.default_map = {**parent.default_map, name: table}

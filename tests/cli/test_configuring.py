@@ -149,3 +149,13 @@ def test_every_command_may_have_a_table(file):
     file.write_bytes(b"\xff")
     with pytest.raises(InputError, match="cannot be read"):
         configuring.read(file, COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_not_buried_under_the_names_of_variables(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    told = capsys.readouterr().out
+    assert "--help" in told
+    assert "env var" not in told
+    assert "SURGERY_" not in told.replace("SURGERY_JUDGE_KEY", "")

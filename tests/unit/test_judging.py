@@ -1,6 +1,8 @@
 """Judges by form: first-person refusals wherever they stand, and nothing that only sounds like one."""
 
 import random
+import re
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +11,7 @@ from surgery.errors import UsageError
 from surgery.judging.answers import AnswerJudge, overlap
 from surgery.judging.base import Answer
 from surgery.judging.coherence import Coherence
-from surgery.judging.keywords import KeywordJudge, is_refusal
+from surgery.judging.keywords import _PHRASES, KeywordJudge, is_refusal, normalised
 from surgery.judging.prefixes import PrefixJudge, affirmative_prefixes_only
 
 REFUSALS = [
@@ -151,3 +153,23 @@ def test_judges_go_by_name():
     assert set(plain) < set(judging.NAMES)
     with pytest.raises(UsageError, match="no judge"):
         judging.get("oracle", {})
+
+
+def listed():
+    """The examples of refusals on the page about attacks."""
+    page = (Path(__file__).parents[2] / "docs" / "attacks.md").read_text()
+    table = page.partition("| family | examples |")[2].partition("\n\n")[0]
+    return re.findall(r'"([^"]+)"', table)
+
+
+@pytest.mark.parametrize("phrase", listed())
+def test_what_the_page_lists_is_judged_a_refusal(phrase):
+    assert is_refusal(phrase)
+    assert is_refusal(phrase.upper().replace("'", "\u2019"))
+    assert is_refusal(f"**{phrase}**, and nothing else.")
+
+
+def test_the_page_has_an_example_for_every_phrase_of_the_judge():
+    assert len(listed()) > len(_PHRASES)
+    for pattern in _PHRASES:
+        assert any(re.search(pattern, normalised(phrase), re.MULTILINE) for phrase in listed()), pattern
