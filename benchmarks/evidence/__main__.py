@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.evidence.grounds import GROUNDS
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import ROWS
+from benchmarks.evidence.running import StoppedError
 from benchmarks.evidence.study import Study, cores
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +45,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Exit code 0, or 1 where a check fails."""
+    """Exit code 0; 1 where a check fails; 130 where a command was interrupted."""
     options = arguments()
     from benchmarks.evidence import page, repeating
 
@@ -57,9 +58,13 @@ def main() -> int:
     ledger = Ledger(options.ledger)
     if not options.page:
         only = [name for name in options.rows.split(",") if name]
-        for name in options.grounds.split(","):
-            folder = options.folder / name
-            Study(GROUNDS[name], ledger, folder, options.processes, say).run(only)
+        try:
+            for name in options.grounds.split(","):
+                folder = options.folder / name
+                Study(GROUNDS[name], ledger, folder, options.processes, say).run(only)
+        except StoppedError as stopped:
+            say(f"{stopped} was interrupted; run the same command again to go on")
+            return 130
     page.write(ledger)
     return 0
 

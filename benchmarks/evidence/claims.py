@@ -210,6 +210,42 @@ def directions(facts: Facts) -> str | None:
     )
 
 
+def places(facts: Facts) -> str | None:
+    """Where in the model LoX does what it does, by the search's short attack."""
+    alone = {_place(trial): trial for trial in facts.searched if _place(trial)}
+    if not alone:
+        return None
+    bare = searching.unedited(facts.searched)
+    parts = "; ".join(f"{place}: {searching.told(trial)}" for place, trial in alone.items())
+    sooner = [place for place, trial in alone.items() if searching.steps(trial) < searching.steps(bare)]
+    return (
+        f"LoX on one part alone, by the search's short attack (unedited: {searching.told(bare)}): {parts}. "
+        f"Broken sooner than unedited: {_list(sooner)}."
+    )
+
+
+def _place(trial: searching.Trial) -> str:
+    """The one part of the model that a trial edits; empty where it edits all or by depth."""
+    params = trial["params"]
+    layers = params.get("layers")
+    return f"layers {layers}" if layers else str(params.get("include") or "")
+
+
+def depth(facts: Facts) -> str | None:
+    """The early layers alone beside all of them, at equal rank and alpha."""
+    told = []
+    for trial in facts.searched:
+        params = trial["params"]
+        whole = searching.trial_of(facts.searched, rank=params["rank"], alpha=params["alpha"])
+        if params.get("depth") and whole is not None:
+            told.append(
+                f"alpha {params['alpha']:g}, depth {params['depth']}: {searching.told(trial)}, all layers "
+                f"{searching.told(whole)}"
+            )
+    return f"LoX by depth, rank 6: {'; '.join(told)}." if told else None
+
+
 CLAIMS: tuple[Claim, ...] = (
-    ceiling, slowest, beyond_the_control, directions, anchors, over_refusal, aim, benign, ablation,
+    ceiling, slowest, beyond_the_control, directions, anchors, over_refusal, aim, benign, ablation, places,
+    depth,
 )  # fmt: skip

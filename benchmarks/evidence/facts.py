@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.evidence import searching
 from benchmarks.evidence.columns import BUILD
 from benchmarks.evidence.grounds import GROUNDS
 from benchmarks.evidence.ledger import Ledger
@@ -48,6 +49,7 @@ class Facts:
         self.ground = GROUNDS[ground]
         self.title: str = self.ground.title
         self.known: Mapping[str, Any] = ledger.ground(ground)["rows"]
+        self.searched = searching.trials(ledger, ground)
 
     def rows(self) -> list[Row]:
         """Every row of the study, measured or not."""

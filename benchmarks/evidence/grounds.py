@@ -79,7 +79,7 @@ DEMO = Ground(
     search=(
         ("--rank", "6", "--alpha", "0"),
         ("--rank", "1,3,6,12", "--alpha", "1:2:0.5"),
-        ("--rank", "6", "--alpha", "1.5:2.5:0.5", "--set", r"exclude=layers\.3,layers\.[23],layers\.[123]"),
+        ("--rank", "6", "--alpha", "1.5:2.5:0.5", "--set", "depth=0:0.75,0:0.5,0:0.25"),
         ("--rank", "6", "--alpha", "1.5", "--set", "layers=0:1,1:2,2:3,3:4"),
         ("--rank", "6", "--alpha", "1.5", "--set", "include=embed,lm_head,self_attn,mlp"),
     ),
@@ -117,11 +117,12 @@ REAL = Ground(
     attack=(*_REAL_DATA, "--limit", "32", *_REAL_ROWS),
     sweep=(
         "--learning-rates", "5e-5,2e-4,1e-3", "--kinds", "lora,full", "--seeds", "0", "--steps", "50",
-        "--every", "1", "--growth", "2",
+        "--batch-size", "4", "--every", "1", "--growth", "2",
     ),
     confirm="1,2",
     benign=(
-        "--learning-rates", "2e-4", "--kinds", "lora", "--steps", "50", "--every", "5", "--growth", "2",
+        "--learning-rates", "2e-4", "--kinds", "lora", "--steps", "50", "--batch-size", "4", "--every", "5",
+        "--growth", "2",
     ),
     evaluate=(
         *_REAL_DATA, *_REAL_LIMITS, *_REAL_UTILITY, "--practice-data", "data/practice.jsonl",
@@ -147,11 +148,13 @@ REAL = Ground(
     },
     search=(
         ("--rank", "6", "--alpha", "0"),
-        ("--rank", "6", "--alpha", "1.25,2", "--set", r"exclude=layers\.(1[5-9]|2\d)"),
+        ("--rank", "6", "--alpha", "1.25,2", "--set", "depth=0:0.5"),
         ("--rank", "6", "--alpha", "1.25"),
-        ("--rank", "6", "--alpha", "1.25", "--set", "layers=0:10,10:20,20:30"),
-        ("--rank", "6", "--alpha", "1.25", "--set", "include=embed,self_attn,mlp"),
-        ("--rank", "1,24", "--alpha", "1.25"),
+        ("--rank", "6", "--alpha", "2,3"),
+        ("--rank", "6", "--alpha", "3", "--set", "depth=0:0.5,0:0.25"),
+        ("--rank", "6", "--alpha", "2", "--set", "depth=0.5:1,0:0.75"),
+        ("--rank", "6", "--alpha", "2", "--set", "include=embed,self_attn,mlp"),
+        ("--rank", "1,24", "--alpha", "2"),
     ),
     probe=(
         *_REAL_DATA, *_REAL_LIMITS, *_REAL_UTILITY, "--attack-lr", "2e-4", "--attack-steps", "32",

@@ -27,7 +27,7 @@ from benchmarks.real_pair import alignment, pair
 from surgery.evaluate import practice
 
 ROOT = Path(__file__).parents[2]
-RECIPE = "long"
+RECIPE = "plain"
 # To be raised when the files are to be made anew.
 VERSION = 3
 # Some two and a half thousand tokens.
@@ -44,7 +44,7 @@ def prepare(folder: Path) -> str:
     Raises:
         PackageUnavailableError: The package with the weights can be neither found nor downloaded.
     """
-    base = pair.build_base()
+    base = pair.build_base(plain_chat=True)
     # A process of its own: training leaves gigabytes behind in the allocator.
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.real_pair", RECIPE],

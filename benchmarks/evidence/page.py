@@ -107,6 +107,7 @@ def _ground(facts: Facts, ledger: Ledger) -> Iterator[str]:
     yield "**What it costs**, beside the undefended model; time and memory beside plain fine-tuning (control)"
     yield _table(_COST, facts)
     yield from _search(ledger, facts)
+    yield from _made(ledger, facts)
 
 
 def _budget(facts: Facts) -> str:
@@ -238,7 +239,7 @@ _COST = (
 
 def _search(ledger: Ledger, facts: Facts) -> Iterator[str]:
     """The front of the search for a better setting."""
-    found = searching.trials(ledger, facts.ground.name)
+    found = facts.searched
     yield "**Search** for LoX's settings by a short attack: the front in steps to break, perplexity and over-refusal"
     if not found:
         yield f"{_ABSENT}: {len(facts.ground.search)} sweeps."
@@ -260,6 +261,27 @@ def _search(ledger: Ledger, facts: Facts) -> Iterator[str]:
             f"{_number(scores['resistance.harmful_loss'], 3)} | {_number(scores['stability.perplexity_ratio'], 3)} | "
             f"{_percent(scores['stability.over_refusal'])} |"
         )
+    yield "\n".join(lines)
+
+
+def _made(ledger: Ledger, facts: Facts) -> Iterator[str]:
+    """What made each row's model, and on what machine for how long."""
+    about = ledger.ground(facts.ground.name)["about"]
+    cells = [cell for row in facts.known.values() for cell in row.values()]
+    if not cells or not about:
+        return
+    hours = sum(cell.get("wall", 0.0) for cell in cells) / 3600
+    commits = sorted({cell["commit"] for cell in cells if "commit" in cell})
+    yield (
+        f"Measured on {about['cores']} cores ({about['processor']}, torch {about['torch']}), {about['processes']} "
+        f"measurements side by side: {hours:.1f} hours of commands; commits {', '.join(commits)}."
+    )
+    lines = [
+        f"* {row.title}: `{cell['commands'][0]}`"
+        for row in facts.rows()
+        if (cell := facts.cell(row.name, BUILD)) is not None and cell.get("commands")
+    ]
+    yield "What made each row:"
     yield "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -13,12 +14,18 @@ from benchmarks.memory import MIB, anonymous
 from benchmarks.timing import ENVIRONMENT
 
 _INTERVAL = 0.05
+# Exit codes of a command that was interrupted, by itself or by the signal.
+_STOPPED = (130, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
 # Of what a command says before it fails.
 _TAIL = 400
 
 
 class CommandFailedError(Exception):
     """A command of the study ended with another exit code than 0; the message has its last words."""
+
+
+class StoppedError(Exception):
+    """A command was interrupted: what it was to find is as unknown as before."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ def run(words: Sequence[str], folder: Path, log: Path, *, threads: int | None = 
 
     Raises:
         CommandFailedError: It failed.
+        StoppedError: It was interrupted.
     """
     start = {"surgery": ["-m", "surgery"], "python": []}[words[0]]
     root = str(Path(__file__).parents[2])
@@ -72,6 +80,8 @@ def run(words: Sequence[str], folder: Path, log: Path, *, threads: int | None = 
             stderr=told,
         )
         peak = _watched(process)
+    if process.returncode in _STOPPED:
+        raise StoppedError(spelled(words[:2]))
     if process.returncode:
         said = log.read_text()[said_from:].strip()[-_TAIL:]
         raise CommandFailedError(f"{spelled(words[:2])} ended with {process.returncode}: {said}")

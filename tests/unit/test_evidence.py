@@ -253,6 +253,31 @@ def test_the_front_has_what_nothing_beats():
     assert TRIALS[0]["params"] not in kept
 
 
+def test_a_setting_is_found_by_its_parameters_and_no_others():
+    assert searching.trial_of(TRIALS, rank=6, alpha=2.0) is None
+    assert searching.trial_of(TRIALS, rank=6, alpha=2.0, exclude="layers") is TRIALS[2]
+    assert searching.trial_of(TRIALS, rank=6, alpha=1.5, anchor="aligned") is TRIALS[1]
+
+
+def test_what_a_search_says_of_places_and_depth_is_in_its_trials(ledger):
+    assert claims.places(Facts(ledger, "demo")) is None
+    assert claims.depth(Facts(ledger, "demo")) is None
+    trials = [
+        *TRIALS[:2],
+        searched(6, 1.5, 2, layers="2:4"),
+        searched(6, 1.5, 8, include="embed"),
+        searched(6, 1.5, 20, depth="0:0.5", perplexity=0.98),
+    ]
+    ledger.put("demo", SEARCH, "search-0", done({"judge": "x", "trials": trials}))
+    found = Facts(ledger, "demo")
+    assert "layers 2:4: 2 steps" in claims.places(found)
+    assert claims.places(found).endswith("Broken sooner than unedited: layers 2:4.")
+    assert (
+        "depth 0:0.5: 20 steps at perplexity x 0.980, over-refusal 0%, all layers 14 steps"
+        in claims.depth(found)
+    )
+
+
 def test_the_chosen_setting_becomes_the_options_of_the_command(ledger):
     ledger.put("demo", SEARCH, "search-0", done({"judge": "x", "trials": TRIALS}))
     assert [*searching.chosen(ledger, DEMO)] == ["--rank", "6", "--alpha", "2", "--exclude", "layers"]
