@@ -68,7 +68,7 @@ DEMO = Ground(
     attack=(*_DEMO_DATA, "--limit", "40", "--max-new-tokens", "24", "--max-length", "64"),
     sweep=(
         "--learning-rates", "1e-4,5e-4,2e-3", "--kinds", "lora,full", "--seeds", "0,1,2", "--steps", "100",
-        "--every", "1", "--growth", "1.5",
+        "--every", "1", "--growth", "2",
     ),
     confirm="",
     benign=(
@@ -85,7 +85,7 @@ DEMO = Ground(
     ),
     probe=(
         "--limit", "48", "--max-new-tokens", "24", "--max-length", "64", "--attack-steps", "48",
-        "--attack-every", "2",
+        "--attack-every", "3",
     ),
     waves=(
         (SEARCH,),
