@@ -2,13 +2,14 @@
 
 python -m benchmarks.evidence                        both pairs: what is not in the ledger (hours on two cores)
 python -m benchmarks.evidence --grounds demo         the embedded pair alone: under half an hour from nothing
-python -m benchmarks.evidence --from-nothing         forget what the ledger has
+python -m benchmarks.evidence --from-nothing         forget what the ledger has of them, and their models
 python -m benchmarks.evidence --page                 only make the page, its plot and the README's table again
 python -m benchmarks.evidence --check                whether they are what the ledger says; exit 1 if not
 python -m benchmarks.evidence --again ROW            repeat one row of the demo ground briefly; exit 1 if it differs
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -53,14 +54,15 @@ def main() -> int:
         return page.check(Ledger(options.ledger))
     if options.again:
         return repeating.again(options.again, Ledger(options.ledger), options.folder.with_name("again"))
-    if options.from_nothing:
-        options.ledger.unlink(missing_ok=True)
     ledger = Ledger(options.ledger)
     if not options.page:
         only = [name for name in options.rows.split(",") if name]
         try:
             for name in options.grounds.split(","):
                 folder = options.folder / name
+                if options.from_nothing:
+                    ledger.forget(name)
+                    shutil.rmtree(folder, ignore_errors=True)
                 Study(GROUNDS[name], ledger, folder, options.processes, say).run(only)
         except StoppedError as stopped:
             say(f"{stopped} was interrupted; run the same command again to go on")

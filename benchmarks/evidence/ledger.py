@@ -40,6 +40,11 @@ class Ledger:
         found: dict[str, Any] = self.document["grounds"].setdefault(name, {"about": {}, "rows": {}})
         return found
 
+    def forget(self, name: str) -> None:
+        """Drop all that is known of a ground."""
+        self.document["grounds"].pop(name, None)
+        self._write()
+
     def describe(self, ground: str, about: Mapping[str, Any]) -> None:
         """Say what a ground is."""
         self.ground(ground)["about"] = dict(about)

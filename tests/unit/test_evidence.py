@@ -86,6 +86,13 @@ def test_a_ledger_comes_back_as_it_was_kept_and_knows_cells_by_their_key(ledger)
     assert again.cell("demo", "tar", "harmful") is None
 
 
+def test_one_ground_is_forgotten_and_the_other_is_not(ledger):
+    ledger.put("real", NONE, BUILD, done({}))
+    ledger.forget("demo")
+    assert Ledger(ledger.path).cell("demo", LOX, "harmful") is None
+    assert Ledger(ledger.path).cell("real", NONE, BUILD) is not None
+
+
 def test_a_failed_cell_counts_as_not_there(ledger):
     ledger.put("demo", LOX, "harmful", {"state": "failed", "key": "k", "error": "no memory"})
     assert ledger.cell("demo", LOX, "harmful", "k") is None
