@@ -117,6 +117,3 @@ COLUMNS: tuple[Column, ...] = (
     Column("benign", "Benign fine-tuning", _benign, _curves),
     Column("evaluate", "Utility, refusal ablation, trainability", _evaluate, _report),
 )
-
-BUILD = "build"
-"""The column of what it takes to make the row's model."""

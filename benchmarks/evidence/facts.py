@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.evidence import searching
-from benchmarks.evidence.columns import BUILD
-from benchmarks.evidence.grounds import GROUNDS
+from benchmarks.evidence import keys, searching
+from benchmarks.evidence.grounds import GROUNDS, SEARCH
+from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import NONE, ROWS, SFT, Row
 
@@ -48,8 +48,8 @@ class Facts:
     def __init__(self, ledger: Ledger, ground: str) -> None:
         self.ground = GROUNDS[ground]
         self.title: str = self.ground.title
-        self.known: Mapping[str, Any] = ledger.ground(ground)["rows"]
-        self.searched = searching.trials(ledger, ground)
+        self.known = keys.current(ledger, ground)
+        self.searched = searching.trials(self.known[SEARCH])
 
     def rows(self) -> list[Row]:
         """Every row of the study, measured or not."""

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import claims, plot, searching
-from benchmarks.evidence.columns import BUILD
 from benchmarks.evidence.facts import Facts, Slowdown
 from benchmarks.evidence.grounds import GROUNDS, SEARCH
+from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import NONE, Row
 

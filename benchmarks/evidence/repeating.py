@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.columns import BUILD, COLUMNS
+from benchmarks.evidence.columns import COLUMNS
 from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import DEMO, SEARCH, Ground
+from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.study import Study, cores
 

@@ -5,9 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.grounds import SEARCH, Ground
-from benchmarks.evidence.ledger import Ledger
-
 PERPLEXITY, OVER_REFUSAL = 1.02, 0.05
 """What a setting may cost: perplexity as a ratio, over-refusal in points above the aligned model's."""
 
@@ -39,12 +36,11 @@ def read(output: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def trials(ledger: Ledger, ground: str) -> list[Trial]:
-    """The trials of all sweeps, each setting once."""
-    cells = ledger.ground(ground)["rows"].get(SEARCH, {}).values()
+def trials(sweeps: Mapping[str, Mapping[str, Any]]) -> list[Trial]:
+    """The trials of sweeps, cells of the ledger, each setting once."""
     found: dict[str, Trial] = {}
-    for cell in cells:
-        for trial in cell.get("figures", {}).get("trials", ()):
+    for cell in sweeps.values():
+        for trial in cell["figures"]["trials"]:
             found.setdefault(json.dumps(trial["params"], sort_keys=True), trial)
     return list(found.values())
 
@@ -132,13 +128,13 @@ def told(trial: Trial) -> str:
     return f"{steps_taken} steps at perplexity x {ratio:.3f}, over-refusal {_value(trial, _OVER):.0%}"
 
 
-def chosen(ledger: Ledger, ground: Ground) -> Iterator[str]:
-    """The best setting as options of `surgery lox`.
+def chosen(found: list[Trial]) -> Iterator[str]:
+    """The best setting of a search as options of `surgery lox`.
 
     Raises:
         NothingChosenError: There is none.
     """
-    params = best(trials(ledger, ground.name))["params"]
+    params = best(found)["params"]
     for name, value in params.items():
         if value is not None and _DEFAULTS.get(name) != value:
             yield f"--{name.replace('_', '-')}"

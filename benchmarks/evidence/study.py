@@ -1,6 +1,5 @@
 """Runs what the ledger lacks: wave by wave, models one by one, then what is measured of them side by side."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,20 +13,16 @@ from typing import Any
 
 from benchmarks.__main__ import machine
 from benchmarks.evidence import columns, searching
-from benchmarks.evidence.columns import BUILD, Column
+from benchmarks.evidence.columns import Column
 from benchmarks.evidence.grounds import SEARCH, Ground
-from benchmarks.evidence.ledger import Ledger, digest_of
-from benchmarks.evidence.rows import CHOSEN, NONE, Row, named
+from benchmarks.evidence.keys import BUILD, MODEL, Keys
+from benchmarks.evidence.ledger import Ledger
+from benchmarks.evidence.rows import NONE, Row, named
 from benchmarks.evidence.running import CommandFailedError, run
-from surgery import methods
-from surgery.train import presets
-from surgery.train.sft import SFT
-from surgery.train.step import TrainedMethod
 
 Say = Callable[[str], None]
 
-MODEL, MEASURED = "model", "measured"
-_SETS = ("aligned", "harmful", "retain")
+MEASURED = "measured"
 ROOT = Path(__file__).parents[2]
 
 
@@ -62,82 +57,43 @@ class Study:
         identity = self.ground.prepare(self.folder)
         about = {"title": self.ground.title, "identity": identity, "processes": self.processes, **machine()}
         self.ledger.describe(self.ground.name, about)
+        keys = Keys(self.ground, self.ledger, identity)
         for wave in self.ground.waves:
             chosen = [name for name in wave if not only or name in only]
             if SEARCH in chosen:
-                self._together(self._searches(identity))
+                self._together(self._searches(keys))
             rows = [named(name) for name in chosen if name != SEARCH]
             for row in rows:
-                if self._lacks(row, identity):
-                    self._built(row, identity)
-            self._together([one for row in rows for one in self._measurements(row, identity)])
+                if self._lacks(row, keys):
+                    self._built(row, keys)
+            self._together([one for row in rows for one in self._measurements(row, keys)])
 
     def _together(self, tasks: Sequence[Callable[[], None]]) -> None:
         with ThreadPoolExecutor(self.processes) as pool:
             for future in [pool.submit(task) for task in tasks]:
                 future.result()
 
-    def key(self, row: Row, column: str, identity: str) -> str:
-        """What a cell depends on: the data, the models, and every word of the commands that lead to it."""
-        words = [] if row.name == NONE else [*self._words(row), *_defaults(row)]
-        under = self.key(named(row.on), BUILD, identity) if row.on else ""
-        measured = {one.name: self._settings(one) for one in self.columns}.get(column, [])
-        return digest_of(identity, self.ground.base, self.ground.aligned, words, under, measured)
-
-    def _settings(self, column: Column) -> list[str]:
-        """The options that a column's figures depend on."""
-        ground = self.ground
-        own = {
-            "harmful": (*ground.attack, *ground.sweep, ground.confirm),
-            "benign": (*ground.attack, *ground.benign),
-        }
-        return list(own.get(column.name, ground.evaluate))
-
-    def _lacks(self, row: Row, identity: str) -> bool:
+    def _lacks(self, row: Row, keys: Keys) -> bool:
         """Whether anything of a row is to be done."""
         names = [BUILD, *(column.name for column in self.columns)]
-        return any(self._cell(row, name, identity) is None for name in names)
+        return any(self._cell(row, name, keys) is None for name in names)
 
-    def _cell(self, row: Row, column: str, identity: str) -> dict[str, Any] | None:
+    def _cell(self, row: Row, column: str, keys: Keys) -> dict[str, Any] | None:
         try:
-            return self.ledger.cell(self.ground.name, row.name, column, self.key(row, column, identity))
+            return self.ledger.cell(self.ground.name, row.name, column, keys.row(row, column))
         except searching.NothingChosenError:
             return None
 
     def _model(self, row: Row) -> str:
         return self.ground.aligned if row.name == NONE else f"{row.name}/{MODEL}"
 
-    def _words(self, row: Row) -> Iterator[str]:
-        """The command that makes a row's model, without its output."""
-        ground = self.ground
-        models = {"base": ground.base, "aligned": ground.aligned} | (
-            {row.on: f"{row.on}/{MODEL}"} if row.on else {}
-        )
-        control = row.method == "sft"
-        yield from ("python", "-m", "benchmarks.evidence.plain") if control else ("surgery", row.method)
-        yield from (word.format(**models) for word in row.command[1:])
-        if row.options == (CHOSEN,):
-            yield from searching.chosen(self.ledger, ground)
-        elif row.method != "lox":
-            yield from self._training(row.method)
-        else:
-            yield from row.options
-
-    def _training(self, method: str) -> Iterator[str]:
-        """Options of a trained method on this ground, its data among them."""
-        needs = _trained(method).data
-        for name in _SETS:
-            if name in needs and name in self.ground.data:
-                yield from (f"--{name}-data", self.ground.data[name])
-        yield from self.ground.training.get(method, ())
-
-    def _built(self, row: Row, identity: str) -> None:
+    def _built(self, row: Row, keys: Keys) -> None:
         """Make a row's model, unless it is there as this key wants it."""
         if row.on:
-            self._built(named(row.on), identity)
+            self._built(named(row.on), keys)
         mark = self.folder / row.name / "made"
         try:
-            key = self.key(row, BUILD, identity)
+            key = keys.row(row, BUILD)
         except searching.NothingChosenError as error:
             self._keep(row.name, BUILD, {"state": "failed", "key": "", "error": str(error)})
             return
@@ -150,33 +106,32 @@ class Study:
         else:
             self.say(f"{self.ground.name}: {row.name}: build")
             output = f"{row.name}/{MODEL}"
-            self._carry_out(row.name, BUILD, key, iter([[*self._words(row), "-o", output]]), dict, None)
+            self._carry_out(row.name, BUILD, key, iter([[*keys.words(row), "-o", output]]), dict, None)
         mark.write_text(key)
 
-    def _measurements(self, row: Row, identity: str) -> list[Callable[[], None]]:
+    def _measurements(self, row: Row, keys: Keys) -> list[Callable[[], None]]:
         """What is still to be measured of a row; nothing where there is no model."""
         if self._cell(row, BUILD, identity) is None:
             return []
-        lacking = [column for column in self.columns if self._cell(row, column.name, identity) is None]
-        return [partial(self._measure, row, column, identity) for column in lacking]
+        lacking = [column for column in self.columns if self._cell(row, column.name, keys) is None]
+        return [partial(self._measure, row, column, keys) for column in lacking]
 
-    def _measure(self, row: Row, column: Column, identity: str) -> None:
-        key = self.key(row, column.name, identity)
+    def _measure(self, row: Row, column: Column, keys: Keys) -> None:
+        key = keys.row(row, column.name)
         output = f"{row.name}/{MEASURED}-{column.name}-{key}"
         self.say(f"{self.ground.name}: {row.name}: {column.name}")
         commands = column.commands(self.ground, self._model(row), output, self.folder)
         self._carry_out(row.name, column.name, key, commands, partial(column.read, self.folder / output), 1)
 
-    def _searches(self, identity: str) -> list[Callable[[], None]]:
+    def _searches(self, keys: Keys) -> list[Callable[[], None]]:
         """The sweeps of LoX's settings that are not done."""
-        ground = self.ground
-        tasks: list[Callable[[], None]] = []
-        for number, options in enumerate(ground.search):
-            words = ["surgery", "sweep", "lox", ground.base, ground.aligned, *options, *ground.probe]
-            key = digest_of(identity, words)
-            if self.ledger.cell(ground.name, SEARCH, f"{SEARCH}-{number}", key) is None:
-                tasks.append(partial(self._search, f"{SEARCH}-{number}", words, key))
-        return tasks
+        done = keys.current_searches()
+        names = {number: f"{SEARCH}-{number}" for number in range(len(self.ground.search))}
+        return [
+            partial(self._search, name, keys.search_words(number), keys.search(number))
+            for number, name in names.items()
+            if name not in done
+        ]
 
     def _search(self, name: str, words: list[str], key: str) -> None:
         """One sweep; its trials are kept in a folder of that key."""
@@ -207,18 +162,6 @@ class Study:
 
     def _keep(self, row: str, column: str, cell: dict[str, Any]) -> None:
         self.ledger.put(self.ground.name, row, column, cell)
-
-
-def _trained(method: str) -> type[TrainedMethod]:
-    return SFT if method == "sft" else methods.get(method)
-
-
-def _defaults(row: Row) -> list[str]:
-    """What a method does where its command says nothing: a change of that is another row."""
-    if row.method in ("", "lox"):
-        return []
-    kind = _trained(row.method)
-    return [json.dumps(presets.defaults(kind, preset), sort_keys=True) for preset in ("paper", "small")]
 
 
 def commit() -> str:

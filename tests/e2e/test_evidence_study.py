@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.evidence.columns import BUILD, COLUMNS
+from benchmarks.evidence.columns import COLUMNS
 from benchmarks.evidence.grounds import DEMO
+from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.study import Study
 

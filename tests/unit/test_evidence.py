@@ -7,13 +7,13 @@ import math
 import pytest
 
 from benchmarks.evidence import claims, columns, facts, page, plot, repeating, searching
-from benchmarks.evidence.columns import BUILD
 from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH
-from benchmarks.evidence.ledger import Ledger, digest_of, dumped
+from benchmarks.evidence.keys import BUILD, Keys
+from benchmarks.evidence.ledger import Ledger, dumped
 from benchmarks.evidence.rows import NONE, ROWS, SFT, named
 from benchmarks.evidence.running import CommandFailedError, run
-from benchmarks.evidence.study import Study
+from surgery.methods.vaccine import Vaccine
 
 LOX = "lox-aligned-1.5"
 
@@ -64,24 +64,33 @@ def done(figures, **more):
     return {**told, "figures": figures, **more}
 
 
+def put(ledger, row, column, cell):
+    """Keep a cell under the key that it has now."""
+    keys = Keys(DEMO, ledger, "demo")
+    key = keys.search(int(column.split("-")[1])) if row == SEARCH else keys.row(named(row), column)
+    ledger.put("demo", row, column, {**cell, "key": key})
+
+
 @pytest.fixture
 def ledger(tmp_path):
     """A ledger with three rows of the demo ground: undefended, the control, and LoX twice as slow to break."""
     found = Ledger(tmp_path / "evidence.json")
+    found.describe("demo", {"identity": "demo", "cores": 2, "processor": "x", "torch": "2", "processes": 2})
     for row, factor in ((NONE, 1), (SFT, 1), (LOX, 2)):
         trials = [trial(4 * factor, seed=seed) for seed in range(3)]
         trials += [trial(8 * factor, seed=seed, kind="full") for seed in range(3)]
-        found.put("demo", row, BUILD, done({}, wall=10.0 * factor))
-        found.put("demo", row, "harmful", done(harmful(trials)))
-        found.put("demo", row, "benign", done(harmful([trial(None)], worst=0.2)))
-        found.put("demo", row, "evaluate", done(evaluated()))
+        put(found, row, BUILD, done({}, wall=10.0 * factor))
+        put(found, row, "harmful", done(harmful(trials)))
+        put(found, row, "benign", done(harmful([trial(None)], worst=0.2)))
+        put(found, row, "evaluate", done(evaluated()))
     return found
 
 
 def test_a_ledger_comes_back_as_it_was_kept_and_knows_cells_by_their_key(ledger):
     again = Ledger(ledger.path)
     assert again.document == ledger.document
-    assert again.cell("demo", LOX, "harmful", "k") == ledger.cell("demo", LOX, "harmful")
+    key = ledger.cell("demo", LOX, "harmful")["key"]
+    assert again.cell("demo", LOX, "harmful", key) == ledger.cell("demo", LOX, "harmful")
     assert again.cell("demo", LOX, "harmful", "another key") is None
     assert again.cell("demo", "tar", "harmful") is None
 
@@ -94,8 +103,8 @@ def test_one_ground_is_forgotten_and_the_other_is_not(ledger):
 
 
 def test_a_failed_cell_counts_as_not_there(ledger):
-    ledger.put("demo", LOX, "harmful", {"state": "failed", "key": "k", "error": "no memory"})
-    assert ledger.cell("demo", LOX, "harmful", "k") is None
+    put(ledger, LOX, "harmful", {"state": "failed", "key": "k", "error": "no memory"})
+    assert ledger.cell("demo", LOX, "harmful") is None
     assert "*failed*" in page.page(ledger)
 
 
@@ -144,8 +153,8 @@ def test_cost_is_told_in_runs_of_plain_fine_tuning(ledger):
     found = Facts(ledger, "demo")
     assert found.cost(named(LOX), "wall") == pytest.approx(2.0)
     assert found.cost(named(NONE), "wall") is None
-    ledger.put("demo", "vaccine", BUILD, done({}, wall=30.0))
-    ledger.put("demo", "vaccine+lox", BUILD, done({}, wall=5.0))
+    put(ledger, "vaccine", BUILD, done({}, wall=30.0))
+    put(ledger, "vaccine+lox", BUILD, done({}, wall=5.0))
     assert Facts(ledger, "demo").cost(named("vaccine+lox"), "wall") == pytest.approx(3.5)
 
 
@@ -275,7 +284,7 @@ def test_what_a_search_says_of_places_and_depth_is_in_its_trials(ledger):
         searched(6, 1.5, 8, include="embed"),
         searched(6, 1.5, 20, depth="0:0.5", perplexity=0.98),
     ]
-    ledger.put("demo", SEARCH, "search-0", done({"judge": "x", "trials": trials}))
+    put(ledger, SEARCH, "search-0", done({"judge": "x", "trials": trials}))
     found = Facts(ledger, "demo")
     assert "layers 2:4: 2 steps" in claims.places(found)
     assert claims.places(found).endswith("Broken sooner than unedited: layers 2:4.")
@@ -286,8 +295,9 @@ def test_what_a_search_says_of_places_and_depth_is_in_its_trials(ledger):
 
 
 def test_the_chosen_setting_becomes_the_options_of_the_command(ledger):
-    ledger.put("demo", SEARCH, "search-0", done({"judge": "x", "trials": TRIALS}))
-    assert [*searching.chosen(ledger, DEMO)] == ["--rank", "6", "--alpha", "2", "--exclude", "layers"]
+    put(ledger, SEARCH, "search-0", done({"judge": "x", "trials": TRIALS}))
+    trials = searching.trials(Keys(DEMO, ledger, "demo").current_searches())
+    assert [*searching.chosen(trials)] == ["--rank", "6", "--alpha", "2", "--exclude", "layers"]
 
 
 def test_an_option_is_replaced_by_its_name():
@@ -307,14 +317,32 @@ def test_every_row_is_in_one_wave_after_what_it_starts_from(ground):
     assert order.index(SEARCH) < order.index("lox-best")
 
 
-def test_keys_change_with_what_a_cell_depends_on(ledger, tmp_path):
-    study = Study(DEMO, ledger, tmp_path, 1, lambda text: None)
-    row = named("vaccine+lox")
-    keys = {study.key(row, column, "demo") for column in (BUILD, "harmful", "evaluate")}
-    assert len(keys) == 3
-    assert study.key(row, BUILD, "other data") not in keys
-    assert study.key(named("vaccine"), BUILD, "demo") not in keys
-    assert digest_of("a") != digest_of("b")
+def test_keys_change_with_what_a_cell_depends_on(ledger, monkeypatch):
+    keys, row = Keys(DEMO, ledger, "demo"), named("vaccine+lox")
+    found = {keys.row(row, column) for column in (BUILD, "harmful", "benign", "evaluate")}
+    assert len(found) == 4
+    assert Keys(DEMO, ledger, "other data").row(row, BUILD) not in found
+    assert keys.row(named("vaccine"), BUILD) not in found
+    before = keys.row(row, "harmful")
+    monkeypatch.setitem(Vaccine.presets["small"], "lr", 0.5)
+    assert keys.row(row, "harmful") != before  # by what it starts from
+    assert keys.row(named(LOX), "harmful") == ledger.cell("demo", LOX, "harmful")["key"]
+
+
+def test_a_cell_of_another_study_counts_as_not_run(ledger):
+    ledger.put("demo", LOX, "harmful", {**ledger.cell("demo", LOX, "harmful"), "key": "of old"})
+    found = Facts(ledger, "demo")
+    assert found.cell(LOX, "harmful") is None
+    assert found.cell(LOX, "evaluate") is not None
+    line = next(line for line in page.page(ledger).splitlines() if line.startswith(f"| {named(LOX).title} "))
+    assert "*not run*" in line
+
+
+def test_a_row_that_waits_for_the_search_counts_as_not_run(ledger):
+    ledger.put("demo", "lox-best", "harmful", {**ledger.cell("demo", LOX, "harmful"), "key": "any"})
+    assert Facts(ledger, "demo").cell("lox-best", "harmful") is None
+    with pytest.raises(searching.NothingChosenError):
+        Keys(DEMO, ledger, "demo").row(named("lox-best"), BUILD)
 
 
 def test_a_command_is_timed_and_a_failing_one_says_why(tmp_path):

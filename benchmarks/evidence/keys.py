@@ -1,0 +1,134 @@
+"""The command behind each cell, and the key that its figures stand under."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.evidence import searching
+from benchmarks.evidence.grounds import GROUNDS, SEARCH, Ground
+from benchmarks.evidence.ledger import Ledger, digest_of
+from benchmarks.evidence.rows import CHOSEN, NONE, Row, named
+from surgery import methods
+from surgery.train import presets
+from surgery.train.sft import SFT
+from surgery.train.step import TrainedMethod
+
+BUILD = "build"
+"""The column of what it takes to make the row's model."""
+
+MODEL = "model"
+"""Where in its folder a row keeps its model."""
+
+_SETS = ("aligned", "harmful", "retain")
+
+Cells = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Commands and keys of one ground.
+
+    Attributes:
+        ground: Which.
+        ledger: With the search that some commands depend on.
+        identity: Of the ground's models and data.
+    """
+
+    ground: Ground
+    ledger: Ledger
+    identity: str
+
+    def row(self, row: Row, column: str) -> str:
+        """What a cell depends on: the data, the models, and every word of the commands that lead to it.
+
+        Raises:
+            NothingChosenError: The search is to choose the row's options, and has not.
+        """
+        words = [] if row.name == NONE else [*self.words(row), *_defaults(row)]
+        under = self.row(named(row.on), BUILD) if row.on else ""
+        ground = self.ground
+        return digest_of(self.identity, ground.base, ground.aligned, words, under, self._settings(column))
+
+    def search(self, number: int) -> str:
+        """What a sweep of the search depends on."""
+        return digest_of(self.identity, self.search_words(number))
+
+    def _settings(self, column: str) -> list[str]:
+        """The options that a column's figures depend on."""
+        ground = self.ground
+        own = {
+            "harmful": (*ground.attack, *ground.sweep, ground.confirm),
+            "benign": (*ground.attack, *ground.benign),
+            "evaluate": ground.evaluate,
+        }
+        return list(own.get(column, ()))
+
+    def search_words(self, number: int) -> list[str]:
+        """A sweep of the search, without its output."""
+        ground = self.ground
+        return ["surgery", "sweep", "lox", ground.base, ground.aligned, *ground.search[number], *ground.probe]
+
+    def words(self, row: Row) -> Iterator[str]:
+        """The command that makes a row's model, without its output.
+
+        Raises:
+            NothingChosenError: The search is to choose its options, and has not.
+        """
+        ground = self.ground
+        models = {"base": ground.base, "aligned": ground.aligned}
+        models |= {row.on: f"{row.on}/{MODEL}"} if row.on else {}
+        control = row.method == "sft"
+        yield from ("python", "-m", "benchmarks.evidence.plain") if control else ("surgery", row.method)
+        yield from (word.format(**models) for word in row.command[1:])
+        if row.options == (CHOSEN,):
+            yield from searching.chosen(searching.trials(self.current_searches()))
+        elif row.method != "lox":
+            yield from self._training(row.method)
+        else:
+            yield from row.options
+
+    def _training(self, method: str) -> Iterator[str]:
+        """Options of a trained method on this ground, its data among them."""
+        needs = _trained(method).data
+        for name in _SETS:
+            if name in needs and name in self.ground.data:
+                yield from (f"--{name}-data", self.ground.data[name])
+        yield from self.ground.training.get(method, ())
+
+    def current_searches(self) -> Cells:
+        """The sweeps that are done as the ground has them."""
+        names = {f"{SEARCH}-{number}": self.search(number) for number in range(len(self.ground.search))}
+        found = {name: self.ledger.cell(self.ground.name, SEARCH, name, key) for name, key in names.items()}
+        return {name: cell for name, cell in found.items() if cell is not None}
+
+    def fits(self, row: str, column: str, key: str) -> bool:
+        """Whether a cell stands under the key that it has now."""
+        try:
+            return self.row(named(row), column) == key
+        except searching.NothingChosenError:
+            return False
+
+
+def current(ledger: Ledger, ground: str) -> dict[str, Cells]:
+    """The cells of a ground, finished or failed, that are of the study as it is now: others count as not run."""
+    known = ledger.ground(ground)
+    keys = Keys(GROUNDS[ground], ledger, known["about"].get("identity", ""))
+    found = {
+        row: {column: cell for column, cell in cells.items() if keys.fits(row, column, cell["key"])}
+        for row, cells in known["rows"].items()
+        if row != SEARCH
+    }
+    return {**found, SEARCH: keys.current_searches()}
+
+
+def _trained(method: str) -> type[TrainedMethod]:
+    return SFT if method == "sft" else methods.get(method)
+
+
+def _defaults(row: Row) -> list[str]:
+    """What a method does where its command says nothing: a change of that is another row."""
+    if row.method in ("", "lox"):
+        return []
+    kind = _trained(row.method)
+    return [json.dumps(presets.defaults(kind, preset), sort_keys=True) for preset in ("paper", "small")]
