@@ -97,7 +97,7 @@ class Study:
         except searching.NothingChosenError as error:
             self._keep(row.name, BUILD, {"state": "failed", "key": "", "error": str(error)})
             return
-        if mark.is_file() and mark.read_text() == key and self._cell(row, BUILD, identity):
+        if mark.is_file() and mark.read_text() == key and self._cell(row, BUILD, keys):
             return
         shutil.rmtree(mark.parent, ignore_errors=True)
         mark.parent.mkdir(parents=True)
@@ -111,7 +111,7 @@ class Study:
 
     def _measurements(self, row: Row, keys: Keys) -> list[Callable[[], None]]:
         """What is still to be measured of a row; nothing where there is no model."""
-        if self._cell(row, BUILD, identity) is None:
+        if self._cell(row, BUILD, keys) is None:
             return []
         lacking = [column for column in self.columns if self._cell(row, column.name, keys) is None]
         return [partial(self._measure, row, column, keys) for column in lacking]
