@@ -10,7 +10,7 @@ from benchmarks.evidence import searching
 from benchmarks.evidence.facts import Facts, Slowdown
 from benchmarks.evidence.grounds import GROUNDS
 from benchmarks.evidence.ledger import Ledger
-from benchmarks.evidence.rows import NONE, SFT, Row
+from benchmarks.evidence.rows import NONE, SFT, Row, named
 
 Claim = Callable[[Facts], str | None]
 
@@ -94,6 +94,23 @@ def beyond_the_control(facts: Facts) -> str | None:
     return (
         f"The control, the same loop and rows with no term of any method, slows the attack by {_spelled(plain)}; "
         f"against it, trained methods that add to that: {_list(beyond)}."
+    )
+
+
+def few_harmful_rows(facts: Facts) -> str | None:
+    """A check of the likeliest reason why defences against a few harmful rows do nothing against many."""
+    names = ("vaccine", "t-vaccine", "booster")
+    found = [(named(name), facts.slowdown(name, SFT, "mixed"), facts.slowdown(name, SFT)) for name in names]
+    told = [
+        f"{row.title} {_spelled(few)} among innocent rows, {_spelled(many)} alone"
+        for row, few, many in found
+        if few is not None and many is not None
+    ]
+    if not told:
+        return None
+    return (
+        "Vaccine, T-Vaccine and Booster were made against few harmful rows among innocent ones, while the sweep has "
+        f"nothing but harmful ones. Slow-down against the control, which learnt the same rows: {'; '.join(told)}."
     )
 
 
@@ -246,6 +263,6 @@ def depth(facts: Facts) -> str | None:
 
 
 CLAIMS: tuple[Claim, ...] = (
-    ceiling, slowest, beyond_the_control, directions, anchors, over_refusal, aim, benign, ablation, places,
+    ceiling, slowest, beyond_the_control, directions, few_harmful_rows, anchors, over_refusal, aim, benign, ablation, places,
     depth,
 )  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.grounds import Ground
+from benchmarks.evidence.rows import NONE, SFT
 from surgery.attacking.curves import broken_at
 
 Words = list[str]
@@ -29,12 +30,18 @@ class Column:
         commands: `(ground, model, output, folder)`: the commands, each asked for when the one before it has ended;
             models and outputs are relative to the ground's folder, which is given last.
         read: The figures in the output.
+        rows: Those it is measured of; all where none are named.
     """
 
     name: str
     title: str
     commands: Callable[[Ground, str, str, Path], Iterator[Words]]
     read: Callable[[Path], dict[str, Any]]
+    rows: Sequence[str] = ()
+
+    def covers(self, row: str) -> bool:
+        """Whether it is measured of a row."""
+        return not self.rows or row in self.rows
 
 
 def _harmful(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
@@ -58,6 +65,12 @@ def _benign(ground: Ground, model: str, output: str, folder: Path) -> Iterator[W
     yield [
         "surgery", "attack", model, *ground.attack, "--attacks", "benign-finetune", *ground.benign, "-o", output,
     ]  # fmt: skip
+
+
+def _mixed(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
+    """The threat that Vaccine, T-Vaccine and Booster were made for: few harmful rows among innocent ones."""
+    del folder
+    yield ["surgery", "attack", model, *ground.attack, *ground.mixed, "-o", output]
 
 
 def _evaluate(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
@@ -115,5 +128,12 @@ def _report(output: Path) -> dict[str, Any]:
 COLUMNS: tuple[Column, ...] = (
     Column("harmful", "Harmful fine-tuning, swept", _harmful, _curves),
     Column("benign", "Benign fine-tuning", _benign, _curves),
+    Column(
+        "mixed",
+        "Fine-tuning with few harmful rows",
+        _mixed,
+        _curves,
+        (NONE, SFT, "lox-aligned-1.5", "lox-best", "vaccine", "t-vaccine", "booster"),
+    ),
     Column("evaluate", "Utility, refusal ablation, trainability", _evaluate, _report),
 )

@@ -83,9 +83,9 @@ class Facts:
         score: dict[str, Any] | None = found[when].get(found["rate"])
         return score
 
-    def slowdown(self, row: str, against: str = NONE) -> Slowdown | None:
-        """Steps to break beside those of another row; None where either is not measured."""
-        own, other = self.figures(row, "harmful"), self.figures(against, "harmful")
+    def slowdown(self, row: str, against: str = NONE, column: str = "harmful") -> Slowdown | None:
+        """Steps to break beside those of another row, by one of the attacks; None where either is not measured."""
+        own, other = self.figures(row, column), self.figures(against, column)
         if own is None or other is None:
             return None
         theirs = {_setting(trial): trial for trial in other["trials"]}

@@ -23,6 +23,7 @@ class Ground:
         sweep: The grid of harmful fine-tuning.
         confirm: Seeds at which the worst of that grid is repeated; none where the grid has seeds of its own.
         benign: The benign fine-tuning attack.
+        mixed: Harmful fine-tuning with few harmful rows among innocent ones.
         evaluate: Data and limits of the evaluation beside the undefended model.
         training: Options of each trained method, by its name; `data` are those of its data sets.
         search: Sweeps of LoX's settings.
@@ -39,6 +40,7 @@ class Ground:
     sweep: Words
     confirm: str
     benign: Words
+    mixed: Words
     evaluate: Words
     training: Mapping[str, Words]
     search: Sequence[Words]
@@ -73,6 +75,10 @@ DEMO = Ground(
     confirm="",
     benign=(
         "--learning-rates", "5e-4", "--kinds", "lora", "--steps", "100", "--every", "2", "--growth", "2",
+    ),
+    mixed=(
+        "--harmful-data", "demo:benign", "--learning-rates", "5e-4", "--kinds", "lora", "--seeds", "0,1,2",
+        "--steps", "100", "--every", "2", "--growth", "1.5",
     ),
     evaluate=(*_DEMO_DATA, "--limit", "48", "--rows", "64", "--every", "15", "--max-new-tokens", "24"),
     training={"tar": (), "mlac": ()},
@@ -123,6 +129,10 @@ REAL = Ground(
     benign=(
         "--learning-rates", "2e-4", "--kinds", "lora", "--steps", "50", "--batch-size", "4", "--every", "5",
         "--growth", "2",
+    ),
+    mixed=(
+        "--harmful-data", "data/benign.jsonl", "--learning-rates", "2e-4", "--kinds", "lora", "--seeds", "0",
+        "--steps", "50", "--batch-size", "4", "--every", "2", "--growth", "2",
     ),
     evaluate=(
         *_REAL_DATA, *_REAL_LIMITS, *_REAL_UTILITY, "--practice-data", "data/practice.jsonl",

@@ -60,6 +60,7 @@ class Keys:
         own = {
             "harmful": (*ground.attack, *ground.sweep, ground.confirm),
             "benign": (*ground.attack, *ground.benign),
+            "mixed": (*ground.attack, *ground.mixed),
             "evaluate": ground.evaluate,
         }
         return list(own.get(column, ()))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import claims, plot, searching
+from benchmarks.evidence.columns import COLUMNS, Column
 from benchmarks.evidence.facts import Facts, Slowdown
 from benchmarks.evidence.grounds import GROUNDS, SEARCH
 from benchmarks.evidence.keys import BUILD
@@ -104,6 +105,11 @@ def _ground(facts: Facts, ledger: Ledger) -> Iterator[str]:
     yield _budget(facts)
     yield "**Resistance**"
     yield _table(_RESISTANCE, facts)
+    yield (
+        "**Few harmful rows among innocent ones**, the threat that Vaccine, T-Vaccine and Booster were made for: "
+        f"`{' '.join(facts.ground.mixed)}` beside the harmful rows"
+    )
+    yield _table(_MIXED, facts, [row for row in facts.rows() if _column("mixed").covers(row.name)])
     yield "**What it costs**, beside the undefended model; time and memory beside plain fine-tuning (control)"
     yield _table(_COST, facts)
     yield from _search(ledger, facts)
@@ -125,9 +131,13 @@ def _budget(facts: Facts) -> str:
 Cell = Callable[[Facts, Row], str]
 
 
-def _table(columns: Sequence[tuple[str, Cell]], facts: Facts) -> str:
+def _column(name: str) -> Column:
+    return next(column for column in COLUMNS if column.name == name)
+
+
+def _table(columns: Sequence[tuple[str, Cell]], facts: Facts, rows: Sequence[Row] = ()) -> str:
     lines = ["| | " + " | ".join(title for title, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for row in facts.rows():
+    for row in rows or facts.rows():
         cells = [cell(facts, row) for _, cell in columns]
         lines.append(f"| {row.title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -175,11 +185,14 @@ def _steps(facts: Facts, row: Row) -> str:
     return f"{told['value']} (to {most} over {len(like)} seeds; n {told['n']})"
 
 
-def _slower(facts: Facts, row: Row) -> str:
-    if row.name == NONE:
-        return "1"
-    found = facts.slowdown(row.name)
-    return "" if found is None else slow(found)
+def _slower(column: str) -> Cell:
+    """Steps to break under an attack, in those of the undefended model."""
+
+    def spelled(facts: Facts, row: Row) -> str:
+        found = facts.slowdown(row.name, column=column)
+        return "1" if row.name == NONE else "" if found is None else slow(found)
+
+    return _of(column, spelled)
 
 
 def slow(found: Slowdown) -> str:
@@ -219,7 +232,7 @@ def _share(name: str) -> Cell:
 _BEFORE = ("ASR before", _rate("harmful", "unattacked"))
 _WORST = ("ASR, worst of the sweep", _rate("harmful", "worst_case"))
 _BREAK = ("fewest steps to break", _of("harmful", _steps))
-_SLOW = ("slow-down", _of("harmful", _slower))
+_SLOW = ("slow-down", _slower("harmful"))
 _OVER = ("over-refusal", _share("stability.over_refusal"))
 _PERPLEXITY = ("perplexity ratio", _of("evaluate", _relative("stability.perplexity_ratio", 3)))
 
@@ -229,6 +242,7 @@ _RESISTANCE = (
     ("ASR after benign fine-tuning", _rate("benign", "worst_case")),
     ("ASR after refusal ablation", _of("evaluate", lambda facts, row: _percent(facts.ablation(row.name)))),
 )  # fmt: skip
+_MIXED = (("ASR, worst", _rate("mixed", "worst_case")), ("slow-down", _slower("mixed")))
 _COST = (
     _OVER, _PERPLEXITY, ("KL, nats", _of("evaluate", _relative("stability.kl", 4))),
     ("benign steps, ratio", _of("evaluate", _relative("trainability.steps_ratio", 2))),

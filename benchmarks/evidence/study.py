@@ -75,7 +75,7 @@ class Study:
 
     def _lacks(self, row: Row, keys: Keys) -> bool:
         """Whether anything of a row is to be done."""
-        names = [BUILD, *(column.name for column in self.columns)]
+        names = [BUILD, *(column.name for column in self.columns if column.covers(row.name))]
         return any(self._cell(row, name, keys) is None for name in names)
 
     def _cell(self, row: Row, column: str, keys: Keys) -> dict[str, Any] | None:
@@ -113,7 +113,11 @@ class Study:
         """What is still to be measured of a row; nothing where there is no model."""
         if self._cell(row, BUILD, keys) is None:
             return []
-        lacking = [column for column in self.columns if self._cell(row, column.name, keys) is None]
+        lacking = [
+            column
+            for column in self.columns
+            if column.covers(row.name) and self._cell(row, column.name, keys) is None
+        ]
         return [partial(self._measure, row, column, keys) for column in lacking]
 
     def _measure(self, row: Row, column: Column, keys: Keys) -> None:

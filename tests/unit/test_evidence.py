@@ -170,7 +170,8 @@ def test_every_row_and_every_ground_is_on_the_page(ledger):
     for ground in GROUNDS.values():
         assert f"## {ground.title}" in text
     for row in ROWS:
-        assert text.count(f"| {row.title} |") == 2 * len(GROUNDS)
+        tables = 3 if columns.COLUMNS[2].covers(row.name) else 2
+        assert text.count(f"| {row.title} |") == tables * len(GROUNDS)
 
 
 def test_a_page_that_is_not_the_ledgers_is_noticed(ledger, tmp_path, monkeypatch, capsys):
@@ -205,6 +206,15 @@ def test_claims_say_what_the_figures_say(ledger):
     assert "missed" in claims.aim(found)
     assert "above that: none" in claims.over_refusal(found)
     assert claims.anchors(found) is None
+
+
+def test_a_reason_is_held_against_its_check(ledger):
+    assert claims.few_harmful_rows(Facts(ledger, "demo")) is None
+    for row, steps in ((SFT, 4), ("vaccine", 16)):
+        put(ledger, row, "mixed", done(harmful([trial(steps)])))
+    put(ledger, "vaccine", "harmful", done(harmful([trial(4)])))
+    told = claims.few_harmful_rows(Facts(ledger, "demo"))
+    assert "Vaccine 4.00 (4.00 to 4.00, n 1) among innocent rows, 1.00 (1.00 to 1.00, n 1) alone" in told
 
 
 def test_claims_turn_with_the_figures(ledger):
@@ -319,6 +329,7 @@ def test_every_row_is_in_one_wave_after_what_it_starts_from(ground):
 
 def test_keys_change_with_what_a_cell_depends_on(ledger, monkeypatch):
     keys, row = Keys(DEMO, ledger, "demo"), named("vaccine+lox")
+    assert keys.row(row, "mixed") != keys.row(row, "benign")
     found = {keys.row(row, column) for column in (BUILD, "harmful", "benign", "evaluate")}
     assert len(found) == 4
     assert Keys(DEMO, ledger, "other data").row(row, BUILD) not in found
