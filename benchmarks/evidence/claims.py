@@ -263,6 +263,6 @@ def depth(facts: Facts) -> str | None:
 
 
 CLAIMS: tuple[Claim, ...] = (
-    ceiling, slowest, beyond_the_control, directions, few_harmful_rows, anchors, over_refusal, aim, benign, ablation, places,
-    depth,
+    ceiling, slowest, beyond_the_control, directions, few_harmful_rows, anchors, over_refusal, aim,
+    benign, ablation, places, depth,
 )  # fmt: skip
