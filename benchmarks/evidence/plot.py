@@ -38,7 +38,7 @@ def write(ledger: Ledger) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "evidence", "svg.fonttype": "none", "font.size": 9}):
         tallest = max((len(rows) for rows in found.values()), default=1)
         figure, axes = pyplot.subplots(
-            1, max(1, len(found)), figsize=(5.2 * max(1, len(found)), 1.2 + 0.27 * tallest), squeeze=False
+            1, max(1, len(found)), figsize=(7.4 * max(1, len(found)), 1.2 + 0.27 * tallest), squeeze=False
         )
         for panel, (name, rows) in zip(axes[0], found.items(), strict=False):
             _draw(panel, GROUNDS[name].title, rows)
@@ -64,7 +64,7 @@ def _draw(panel: Any, title: str, rows: list[tuple[str, float, float, float]]) -
     panel.set_xticks([], minor=True)
     panel.set_yticks(list(places), [name for name, *_ in rows])
     panel.set_xlabel("steps to break, relative to no defence (95 %)")
-    panel.set_title(title, fontsize=9)
+    panel.set_title(title, fontsize=9, loc="right")
 
 
 def _mark(found: dict[str, list[tuple[str, float, float, float]]]) -> str:
