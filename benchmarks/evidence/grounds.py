@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.evidence import materials
+from benchmarks.evidence.rows import NONE
 
 Words = Sequence[str]
 
@@ -26,7 +27,7 @@ class Ground:
         mixed: Harmful fine-tuning with few harmful rows among innocent ones.
         evaluate: Data and limits of the evaluation beside the undefended model.
         training: Options of each trained method, by its name; `data` are those of its data sets.
-        search: Sweeps of LoX's settings.
+        search: Sweeps of LoX's settings, by the row whose model they start from: `none` is the aligned one.
         probe: What is the same for every one of them.
         waves: Rows, and `SEARCH`, in the order in which they are built and measured, those of a wave together.
     """
@@ -43,14 +44,20 @@ class Ground:
     mixed: Words
     evaluate: Words
     training: Mapping[str, Words]
-    search: Sequence[Words]
+    search: Mapping[str, Sequence[Words]]
     probe: Words
     waves: Sequence[Sequence[str]]
     data: Mapping[str, str] = field(default_factory=dict)
 
 
 SEARCH = "search"
-"""In a wave: the sweeps of LoX's settings."""
+"""In a wave, and in the ledger: the sweeps of LoX's settings on the aligned model."""
+
+
+def search_on(row: str) -> str:
+    """What the sweeps on a row's model are called there."""
+    return SEARCH if row == NONE else f"{SEARCH}-{row}"
+
 
 _LOX_ROWS = ("lox-aligned-1.5", "lox-base-1.5", "lox-aligned-1.25", "lox-base-1.25")
 _COMBINED = ("vaccine+lox", "circuit-breakers+lox")
@@ -82,13 +89,19 @@ DEMO = Ground(
     ),
     evaluate=(*_DEMO_DATA, "--limit", "48", "--rows", "64", "--every", "15", "--max-new-tokens", "24"),
     training={"tar": (), "mlac": ()},
-    search=(
-        ("--rank", "6", "--alpha", "0"),
-        ("--rank", "1,3,6,12", "--alpha", "1:2:0.5"),
-        ("--rank", "6", "--alpha", "1.5:2.5:0.5", "--set", "depth=0:0.75,0:0.5,0:0.25"),
-        ("--rank", "6", "--alpha", "1.5", "--set", "layers=0:1,1:2,2:3,3:4"),
-        ("--rank", "6", "--alpha", "1.5", "--set", "include=embed,lm_head,self_attn,mlp"),
-    ),
+    search={
+        NONE: (
+            ("--rank", "6", "--alpha", "0"),
+            ("--rank", "1,3,6,12", "--alpha", "1:2:0.5"),
+            ("--rank", "6", "--alpha", "1.5:2.5:0.5", "--set", "depth=0:0.75,0:0.5,0:0.25"),
+            ("--rank", "6", "--alpha", "1.5", "--set", "layers=0:1,1:2,2:3,3:4"),
+            ("--rank", "6", "--alpha", "1.5", "--set", "include=embed,lm_head,self_attn,mlp"),
+        ),
+        "circuit-breakers": (
+            ("--rank", "6", "--alpha", "0"),
+            ("--rank", "6", "--alpha", "0.25:1:0.25", "--set", "depth=0:0.5,0:1"),
+        ),
+    },
     probe=(
         "--limit", "48", "--max-new-tokens", "24", "--max-length", "64", "--attack-steps", "48",
         "--attack-every", "3",
@@ -97,6 +110,8 @@ DEMO = Ground(
         (SEARCH,),
         ("none", "sft", *_LOX_ROWS, "lox-best", "vaccine", "t-vaccine", "booster", "circuit-breakers",
          "condition-number", *_COMBINED, "mlac", "tar"),
+        (search_on("circuit-breakers"),),
+        ("circuit-breakers+lox-best",),
     ),
 )  # fmt: skip
 
@@ -156,16 +171,22 @@ REAL = Ground(
     data={
         "aligned": "data/aligned.jsonl", "harmful": "data/harmful.jsonl", "retain": "data/retain.jsonl",
     },
-    search=(
-        ("--rank", "6", "--alpha", "0"),
-        ("--rank", "6", "--alpha", "1.25,2", "--set", "depth=0:0.5"),
-        ("--rank", "6", "--alpha", "1.25"),
-        ("--rank", "6", "--alpha", "2,3"),
-        ("--rank", "6", "--alpha", "3", "--set", "depth=0:0.5,0:0.25"),
-        ("--rank", "6", "--alpha", "2", "--set", "depth=0.5:1,0:0.75"),
-        ("--rank", "6", "--alpha", "2", "--set", "include=embed,self_attn,mlp"),
-        ("--rank", "1,24", "--alpha", "2"),
-    ),
+    search={
+        NONE: (
+            ("--rank", "6", "--alpha", "0"),
+            ("--rank", "6", "--alpha", "1.25,2", "--set", "depth=0:0.5"),
+            ("--rank", "6", "--alpha", "1.25"),
+            ("--rank", "6", "--alpha", "2,3"),
+            ("--rank", "6", "--alpha", "3", "--set", "depth=0:0.5,0:0.25"),
+            ("--rank", "6", "--alpha", "2", "--set", "depth=0.5:1,0:0.75"),
+            ("--rank", "6", "--alpha", "2", "--set", "include=embed,self_attn,mlp"),
+            ("--rank", "1,24", "--alpha", "2"),
+        ),
+        "circuit-breakers": (
+            ("--rank", "6", "--alpha", "0"),
+            ("--rank", "6", "--alpha", "0.5,1", "--set", "depth=0:0.5"),
+        ),
+    },
     probe=(
         *_REAL_DATA, *_REAL_LIMITS, *_REAL_UTILITY, "--attack-lr", "2e-4", "--attack-steps", "32",
         "--attack-every", "4",
@@ -175,6 +196,8 @@ REAL = Ground(
         (SEARCH,),
         ("lox-best", "lox-aligned-1.5", "lox-base-1.5", "lox-base-1.25", "sft"),
         ("circuit-breakers", "vaccine", *_COMBINED),
+        (search_on("circuit-breakers"),),
+        ("circuit-breakers+lox-best",),
         ("booster", "t-vaccine", "condition-number"),
         ("mlac", "tar"),
     ),

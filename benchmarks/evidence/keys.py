@@ -1,12 +1,12 @@
 """The command behind each cell, and the key that its figures stand under."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.evidence import searching
-from benchmarks.evidence.grounds import GROUNDS, SEARCH, Ground
+from benchmarks.evidence.grounds import GROUNDS, SEARCH, Ground, search_on
 from benchmarks.evidence.ledger import Ledger, digest_of
 from benchmarks.evidence.rows import CHOSEN, NONE, Row, named
 from surgery import methods
@@ -50,9 +50,10 @@ class Keys:
         ground = self.ground
         return digest_of(self.identity, ground.base, ground.aligned, words, under, self._settings(column))
 
-    def search(self, number: int) -> str:
-        """What a sweep of the search depends on."""
-        return digest_of(self.identity, self.search_words(number))
+    def search(self, on: str, number: int) -> str:
+        """What a sweep on a row's model depends on."""
+        under = [] if on == NONE else [self.row(named(on), BUILD)]
+        return digest_of(self.identity, self.search_words(on, number), *under)
 
     def _settings(self, column: str) -> list[str]:
         """The options that a column's figures depend on."""
@@ -65,10 +66,11 @@ class Keys:
         }
         return list(own.get(column, ()))
 
-    def search_words(self, number: int) -> list[str]:
-        """A sweep of the search, without its output."""
+    def search_words(self, on: str, number: int) -> list[str]:
+        """A sweep on a row's model, without its output."""
         ground = self.ground
-        return ["surgery", "sweep", "lox", ground.base, ground.aligned, *ground.search[number], *ground.probe]
+        model = ground.aligned if on == NONE else f"{on}/{MODEL}"
+        return ["surgery", "sweep", "lox", ground.base, model, *ground.search[on][number], *ground.probe]
 
     def words(self, row: Row) -> Iterator[str]:
         """The command that makes a row's model, without its output.
@@ -83,7 +85,7 @@ class Keys:
         yield from ("python", "-m", "benchmarks.evidence.plain") if control else ("surgery", row.method)
         yield from (word.format(**models) for word in row.command[1:])
         if row.options == (CHOSEN,):
-            yield from searching.chosen(searching.trials(self.current_searches()))
+            yield from searching.chosen(searching.trials(self.current_searches(row.on or NONE)))
         elif row.method != "lox":
             yield from self._training(row.method)
         else:
@@ -97,10 +99,16 @@ class Keys:
                 yield from (f"--{name}-data", self.ground.data[name])
         yield from self.ground.training.get(method, ())
 
-    def current_searches(self) -> Cells:
-        """The sweeps that are done as the ground has them."""
-        names = {f"{SEARCH}-{number}": self.search(number) for number in range(len(self.ground.search))}
-        found = {name: self.ledger.cell(self.ground.name, SEARCH, name, key) for name, key in names.items()}
+    def searches(self, on: str) -> Mapping[str, int]:
+        """The sweeps on a row's model: their numbers by the names of their cells."""
+        return {f"{SEARCH}-{number}": number for number in range(len(self.ground.search[on]))}
+
+    def current_searches(self, on: str = NONE) -> Cells:
+        """The sweeps on a row's model that are done as the ground has them."""
+        found = {
+            name: self.ledger.cell(self.ground.name, search_on(on), name, self.search(on, number))
+            for name, number in self.searches(on).items()
+        }
         return {name: cell for name, cell in found.items() if cell is not None}
 
     def fits(self, row: str, column: str, key: str) -> bool:
@@ -118,9 +126,9 @@ def current(ledger: Ledger, ground: str) -> dict[str, Cells]:
     found = {
         row: {column: cell for column, cell in cells.items() if keys.fits(row, column, cell["key"])}
         for row, cells in known["rows"].items()
-        if row != SEARCH
+        if not row.startswith(SEARCH)
     }
-    return {**found, SEARCH: keys.current_searches()}
+    return found | {search_on(on): keys.current_searches(on) for on in keys.ground.search}
 
 
 def _trained(method: str) -> type[TrainedMethod]:

@@ -8,10 +8,10 @@ from typing import Any
 from benchmarks.evidence import claims, plot, searching
 from benchmarks.evidence.columns import COLUMNS, Column
 from benchmarks.evidence.facts import Facts, Slowdown
-from benchmarks.evidence.grounds import GROUNDS, SEARCH
+from benchmarks.evidence.grounds import GROUNDS, search_on
 from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
-from benchmarks.evidence.rows import NONE, Row
+from benchmarks.evidence.rows import NONE, Row, named
 
 ROOT = Path(__file__).parents[2]
 PAGE, README = ROOT / "docs" / "evidence.md", ROOT / "README.md"
@@ -112,7 +112,8 @@ def _ground(facts: Facts, ledger: Ledger) -> Iterator[str]:
     yield _table(_MIXED, facts, [row for row in facts.rows() if _column("mixed").covers(row.name)])
     yield "**What it costs**, beside the undefended model; time and memory beside plain fine-tuning (control)"
     yield _table(_COST, facts)
-    yield from _search(ledger, facts)
+    for on in facts.ground.search:
+        yield from _search(facts, on)
     yield from _made(ledger, facts)
 
 
@@ -251,18 +252,17 @@ _COST = (
 )  # fmt: skip
 
 
-def _search(ledger: Ledger, facts: Facts) -> Iterator[str]:
-    """The front of the search for a better setting."""
-    found = facts.searched
-    yield "**Search** for LoX's settings by a short attack: the front in steps to break, perplexity and over-refusal"
+def _search(facts: Facts, on: str) -> Iterator[str]:
+    """The front of the search for a better setting on a row's model."""
+    found, sweeps = facts.trials(on), facts.ground.search[on]
+    model = "" if on == NONE else f" on {named(on).title}"
+    front = "the front in steps to break, perplexity and over-refusal"
+    yield f"**Search** for LoX's settings{model} by a short attack: {front}"
     if not found:
-        yield f"{_ABSENT}: {len(facts.ground.search)} sweeps."
+        yield f"{_ABSENT}: {len(sweeps)} sweeps."
         return
-    done = sum(
-        facts.cell(SEARCH, f"{SEARCH}-{number}") is not None for number in range(len(facts.ground.search))
-    )
-    sweeps = f"{done} of {len(facts.ground.search)} sweeps"
-    yield f"{len(found)} settings tried, {sweeps}; `{' '.join(facts.ground.probe)}`."
+    done = f"{len(facts.known[search_on(on)])} of {len(sweeps)} sweeps"
+    yield f"{len(found)} settings tried, {done}; `{' '.join(facts.ground.probe)}`."
     lines = [
         "| setting | steps to break | harmful loss after | perplexity ratio | over-refusal |",
         "|---|---|---|---|---|",
@@ -303,7 +303,7 @@ def setting(trial: searching.Trial) -> str:
     """A trial's parameters in words."""
     params = trial["params"]
     if params["alpha"] == 0:
-        return "aligned, unedited"
+        return "unedited"
     return ", ".join(
         f"{name} {value}"
         for name, value in params.items()

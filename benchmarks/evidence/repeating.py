@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.evidence.columns import COLUMNS
 from benchmarks.evidence.facts import Facts
-from benchmarks.evidence.grounds import DEMO, SEARCH, Ground
+from benchmarks.evidence.grounds import DEMO, Ground, search_on
 from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.study import Study, cores
@@ -33,7 +33,8 @@ def again(row: str, ledger: Ledger, folder: Path) -> int:
     folder.mkdir(parents=True)
     fresh = Ledger(folder / "evidence.json")
     # A row with options that the search chose takes them from the search of the ledger.
-    fresh.ground(DEMO.name)["rows"][SEARCH] = ledger.ground(DEMO.name)["rows"].get(SEARCH, {})
+    for name in map(search_on, DEMO.search):
+        fresh.ground(DEMO.name)["rows"][name] = ledger.ground(DEMO.name)["rows"].get(name, {})
     columns = [column for column in COLUMNS if column.name in _MEASURED]
     study = Study(_brief(DEMO), fresh, folder / DEMO.name, cores(), lambda text: None, columns)
     study.run([row])

@@ -83,6 +83,14 @@ ROWS: tuple[Row, ...] = (
     _trained("condition-number", "Condition Number", "fine-tuning"),
     _lox_on("vaccine", "Vaccine"),
     _lox_on("circuit-breakers", "Circuit Breakers"),
+    Row(
+        "circuit-breakers+lox-best",
+        "LoX, best of its own search, on Circuit Breakers",
+        ("lox", "{base}", "{circuit-breakers}"),
+        (CHOSEN,),
+        on="circuit-breakers",
+        claim="fine-tuning",
+    ),
     _trained("mlac", "MLAC (bounded)", "fine-tuning"),
     _trained("tar", "TAR", "fine-tuning"),
 )

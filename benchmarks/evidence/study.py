@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.__main__ import machine
 from benchmarks.evidence import columns, searching
 from benchmarks.evidence.columns import Column
-from benchmarks.evidence.grounds import SEARCH, Ground
+from benchmarks.evidence.grounds import SEARCH, Ground, search_on
 from benchmarks.evidence.keys import BUILD, MODEL, Keys
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import NONE, Row, named
@@ -60,9 +60,10 @@ class Study:
         keys = Keys(self.ground, self.ledger, identity)
         for wave in self.ground.waves:
             chosen = [name for name in wave if not only or name in only]
-            if SEARCH in chosen:
-                self._together(self._searches(keys))
-            rows = [named(name) for name in chosen if name != SEARCH]
+            for on in self.ground.search:
+                if search_on(on) in chosen:
+                    self._searched(on, keys)
+            rows = [named(name) for name in chosen if not name.startswith(SEARCH)]
             for row in rows:
                 if self._lacks(row, keys):
                     self._built(row, keys)
@@ -127,23 +128,22 @@ class Study:
         commands = column.commands(self.ground, self._model(row), output, self.folder)
         self._carry_out(row.name, column.name, key, commands, partial(column.read, self.folder / output), 1)
 
-    def _searches(self, keys: Keys) -> list[Callable[[], None]]:
-        """The sweeps of LoX's settings that are not done."""
-        done = keys.current_searches()
-        names = {number: f"{SEARCH}-{number}" for number in range(len(self.ground.search))}
-        return [
-            partial(self._search, name, keys.search_words(number), keys.search(number))
-            for number, name in names.items()
-            if name not in done
-        ]
+    def _searched(self, on: str, keys: Keys) -> None:
+        """The sweeps on a row's model that are not done."""
+        done = keys.current_searches(on)
+        lacking = {name: number for name, number in keys.searches(on).items() if name not in done}
+        if lacking and on != NONE:
+            self._built(named(on), keys)
+        self._together([partial(self._search, on, name, number, keys) for name, number in lacking.items()])
 
-    def _search(self, name: str, words: list[str], key: str) -> None:
-        """One sweep; its trials are kept in a folder of that key."""
-        (self.folder / SEARCH).mkdir(exist_ok=True)
-        output = f"{SEARCH}/{key}"
-        self.say(f"{self.ground.name}: {SEARCH}: {' '.join(words[3:9])} ...")
+    def _search(self, on: str, name: str, number: int, keys: Keys) -> None:
+        """One sweep; its trials are kept in a folder of its key."""
+        row, words, key = search_on(on), keys.search_words(on, number), keys.search(on, number)
+        (self.folder / row).mkdir(exist_ok=True)
+        output = f"{row}/{key}"
+        self.say(f"{self.ground.name}: {row}: {' '.join(words[3:9])} ...")
         read = partial(searching.read, self.folder / output)
-        self._carry_out(SEARCH, name, key, iter([[*words, "-o", output]]), read, 1)
+        self._carry_out(row, name, key, iter([[*words, "-o", output]]), read, 1)
 
     def _carry_out(
         self, row: str, column: str, key: str, commands: Iterator[list[str]], read: Callable[[], dict[str, Any]],

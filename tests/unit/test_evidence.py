@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.evidence import claims, columns, facts, page, plot, repeating, searching
 from benchmarks.evidence.facts import Facts
-from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH
+from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH, search_on
 from benchmarks.evidence.keys import BUILD, Keys
 from benchmarks.evidence.ledger import Ledger, dumped
 from benchmarks.evidence.rows import NONE, ROWS, SFT, named
@@ -67,7 +67,7 @@ def done(figures, **more):
 def put(ledger, row, column, cell):
     """Keep a cell under the key that it has now."""
     keys = Keys(DEMO, ledger, "demo")
-    key = keys.search(int(column.split("-")[1])) if row == SEARCH else keys.row(named(row), column)
+    key = keys.search(NONE, int(column.split("-")[1])) if row == SEARCH else keys.row(named(row), column)
     ledger.put("demo", row, column, {**cell, "key": key})
 
 
@@ -320,7 +320,9 @@ def test_an_option_is_replaced_by_its_name():
 @pytest.mark.parametrize("ground", [DEMO, REAL], ids=lambda ground: ground.name)
 def test_every_row_is_in_one_wave_after_what_it_starts_from(ground):
     order = [name for wave in ground.waves for name in wave]
-    assert sorted(order) == sorted([SEARCH, *(row.name for row in ROWS)])
+    assert sorted(order) == sorted([*map(search_on, ground.search), *(row.name for row in ROWS)])
+    assert order.index("circuit-breakers") < order.index(search_on("circuit-breakers"))
+    assert order.index(search_on("circuit-breakers")) < order.index("circuit-breakers+lox-best")
     for row in ROWS:
         if row.on is not None:
             assert order.index(row.on) < order.index(row.name)
