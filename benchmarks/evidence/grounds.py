@@ -68,6 +68,9 @@ _DEMO_DATA = (
     "--benign-data", "demo:benign",
 )  # fmt: skip
 
+# Of a model that is not `demo:` itself.
+_DEMO_UTILITY = ("--utility-data", "demo:benign:held_out", "--look-alikes-data", "demo:lookalikes:held_out")
+
 DEMO = Ground(
     name="demo",
     title="The embedded pair (one million parameters)",
@@ -98,8 +101,8 @@ DEMO = Ground(
             ("--rank", "6", "--alpha", "1.5", "--set", "include=embed,lm_head,self_attn,mlp"),
         ),
         "circuit-breakers": (
-            ("--rank", "6", "--alpha", "0"),
-            ("--rank", "6", "--alpha", "0.25:1:0.25", "--set", "depth=0:0.5,0:1"),
+            ("--rank", "6", "--alpha", "0", *_DEMO_DATA, *_DEMO_UTILITY),
+            ("--rank", "6", "--alpha", "0.25:1:0.25", "--set", "depth=0:0.5,0:1", *_DEMO_DATA, *_DEMO_UTILITY),
         ),
     },
     probe=(
