@@ -97,10 +97,10 @@ def correct() -> bool:
     )
 
 
-def commit() -> str:
-    """The commit that is measured, marked where the tree differs from it."""
+def commit(*options: str) -> str:
+    """The commit that is measured; with `--dirty` marked where the tree differs from it."""
     found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        ["git", "describe", "--always", "--exclude=*", *options],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -155,7 +155,7 @@ def main() -> int:
         for name in chosen:
             rows = [row.document() for row in every[name]()]
             document = {
-                "commit": commit(),
+                "commit": commit("--dirty"),
                 "date": datetime.now(UTC).date().isoformat(),
                 **machine(),
                 "rows": rows,

@@ -17,7 +17,8 @@ from benchmarks.evidence.grounds import GROUNDS
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import ROWS
 from benchmarks.evidence.running import StoppedError
-from benchmarks.evidence.study import Study, cores
+from benchmarks.evidence.study import Study
+from benchmarks.timing import cores
 
 ROOT = Path(__file__).parents[2]
 LEDGER = ROOT / "docs" / "evidence.json"

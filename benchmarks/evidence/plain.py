@@ -5,7 +5,6 @@ terms: what a method does beyond this row is its own doing, and what it costs is
 """
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def main() -> int:
         model=model,
         data={"aligned": data} if data else None,
         output=output,
-        training=dataclasses.replace(training),
+        training=training,
         options=Options(overwrite=overwrite),
     )
     return 0

@@ -17,7 +17,8 @@ from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import DEMO, Ground, search_on
 from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
-from benchmarks.evidence.study import Study, cores
+from benchmarks.evidence.study import Study
+from benchmarks.timing import cores
 
 _MEASURED = ("harmful", "evaluate")
 # Looks by which a step to break may differ.

@@ -1,8 +1,6 @@
 """Runs what the ledger lacks: wave by wave, models one by one, then what is measured of them side by side."""
 
-import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import machine
+from benchmarks.__main__ import commit, machine
 from benchmarks.evidence import columns, searching
 from benchmarks.evidence.columns import Column
 from benchmarks.evidence.grounds import SEARCH, Ground, search_on
@@ -23,7 +21,6 @@ from benchmarks.evidence.running import CommandFailedError, run
 Say = Callable[[str], None]
 
 MEASURED = "measured"
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -166,15 +163,3 @@ class Study:
 
     def _keep(self, row: str, column: str, cell: dict[str, Any]) -> None:
         self.ledger.put(self.ground.name, row, column, cell)
-
-
-def commit() -> str:
-    """The commit that is measured."""
-    words = ["git", "rev-parse", "--short=12", "HEAD"]
-    found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
-def cores() -> int:
-    """Cores there are for measurements side by side."""
-    return len(os.sched_getaffinity(0))

@@ -133,7 +133,7 @@ def looks(steps: int, every: int, growth: float) -> frozenset[int]:
     """
     found = {steps}
     step = 0
-    while (step := step + max(every, int((growth - 1) * step))) < steps:
+    while (step := step + max(every, int(min((growth - 1) * step, steps)))) < steps:
         found.add(step)
     return frozenset(found)
 

@@ -126,10 +126,8 @@ class LoX(WeightEdit):
     def _depth_share(self) -> tuple[float, float] | None:
         if self.depth is None:
             return None
-        found = re.fullmatch(r"(\d*\.?\d*):(\d*\.?\d*)", self.depth)
-        low, high = (
-            (float(found[1] or 0), float(found[2] or 1)) if found and "." not in found.groups() else (1, 0)
-        )
+        found = re.fullmatch(r"(\d*\.?\d+)?:(\d*\.?\d+)?", self.depth)
+        low, high = (float(found[1] or 0), float(found[2] or 1)) if found else (1.0, 0.0)
         if not 0 <= low < high <= 1:
             raise UsageError(
                 f"depth is {self.depth!r}; it must be FROM:TO within 0 and 1 with FROM below TO, as in --depth 0:0.5"

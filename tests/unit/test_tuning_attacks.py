@@ -126,6 +126,7 @@ def test_looks_come_at_even_distances_or_ever_further_apart():
     assert looks(10, 4, 1.0) == {4, 8, 10}
     assert looks(3, 5, 1.0) == {3}
     assert sorted(looks(50, 1, 1.5)) == [1, 2, 3, 4, 6, 9, 13, 19, 28, 42, 50]
+    assert looks(50, 10, 1e308) == {10, 50}
     assert sorted(looks(50, 5, 1.5)) == [5, 10, 15, 22, 33, 49, 50]
 
 
