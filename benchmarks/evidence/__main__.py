@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from benchmarks.evidence.grounds import GROUNDS
+from benchmarks.evidence.grounds import GROUNDS, search_on
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import ROWS
 from benchmarks.evidence.running import StoppedError
@@ -41,8 +41,16 @@ def arguments() -> argparse.Namespace:
     chosen.add_argument("--check", action="store_true")
     chosen.add_argument("--again", metavar="ROW", choices=[row.name for row in ROWS])
     options = parser.parse_args()
-    if unknown := sorted(set(options.grounds.split(",")) - set(GROUNDS)):
-        parser.error(f"no ground {unknown[0]}; there are {', '.join(GROUNDS)}")
+    options.grounds, options.rows = (
+        [name for name in words.split(",") if name] for words in (options.grounds, options.rows)
+    )
+    searches = {search_on(on) for ground in GROUNDS.values() for on in ground.search}
+    for kind, asked, known in (
+        ("ground", options.grounds, list(GROUNDS)),
+        ("row", options.rows, [row.name for row in ROWS] + sorted(searches)),
+    ):
+        if unknown := [name for name in asked if name not in known]:
+            parser.error(f"no {kind} {unknown[0]}; there are {', '.join(known)}")
     return options
 
 
@@ -57,14 +65,13 @@ def main() -> int:
         return repeating.again(options.again, Ledger(options.ledger), options.folder.with_name("again"))
     ledger = Ledger(options.ledger)
     if not options.page:
-        only = [name for name in options.rows.split(",") if name]
         try:
-            for name in options.grounds.split(","):
+            for name in options.grounds:
                 folder = options.folder / name
                 if options.from_nothing:
                     ledger.forget(name)
                     shutil.rmtree(folder, ignore_errors=True)
-                Study(GROUNDS[name], ledger, folder, options.processes, say).run(only)
+                Study(GROUNDS[name], ledger, folder, options.processes, say).run(options.rows)
         except StoppedError as stopped:
             say(f"{stopped} was interrupted; run the same command again to go on")
             return 130

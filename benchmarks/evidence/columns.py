@@ -47,12 +47,13 @@ class Column:
 def _harmful(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
     """The sweep, and where it has one seed, the worst of it at others."""
     start = ["surgery", "attack", model, *ground.attack]
-    yield [*start, *ground.sweep, "-o", output]
+    for grid in ground.sweeps:
+        yield [*start, *grid, "-o", output]
     if not ground.confirm:
         return
     worst = json.loads((folder / output / "curves.json").read_text())["worst_case"]["params"]
     again = {"--learning-rates": f"{worst['lr']:g}", "--kinds": worst["kind"], "--seeds": ground.confirm}
-    yield [*start, *_replaced(ground.sweep, again), "-o", output]
+    yield [*start, *_replaced(ground.sweeps[0], again), "-o", output]
 
 
 def _replaced(words: Sequence[str], values: Mapping[str, str]) -> Words:

@@ -21,8 +21,9 @@ class Ground:
         aligned: The model that is defended.
         prepare: Puts models and data into the folder that commands run in; returns what they depend on.
         attack: Data, judge and limits of every attack.
-        sweep: The grid of harmful fine-tuning.
-        confirm: Seeds at which the worst of that grid is repeated; none where the grid has seeds of its own.
+        sweeps: Grids of harmful fine-tuning, which make one sweep: a step of all weights goes further than one of an
+            adapter at the same rate.
+        confirm: Seeds at which the worst of the sweep is repeated; none where it has seeds of its own.
         benign: The benign fine-tuning attack.
         mixed: Harmful fine-tuning with few harmful rows among innocent ones.
         evaluate: Data and limits of the evaluation beside the undefended model.
@@ -38,7 +39,7 @@ class Ground:
     aligned: str
     prepare: Callable[[Path], str]
     attack: Words
-    sweep: Words
+    sweeps: Sequence[Words]
     confirm: str
     benign: Words
     mixed: Words
@@ -78,10 +79,10 @@ DEMO = Ground(
     aligned="demo:aligned",
     prepare=lambda folder: "demo",
     attack=(*_DEMO_DATA, "--limit", "40", "--max-new-tokens", "24", "--max-length", "64"),
-    sweep=(
+    sweeps=((
         "--learning-rates", "1e-4,5e-4,2e-3", "--kinds", "lora,full", "--seeds", "0,1,2", "--steps", "100",
         "--every", "1", "--growth", "2",
-    ),
+    ),),
     confirm="",
     benign=(
         "--learning-rates", "5e-4", "--kinds", "lora", "--steps", "100", "--every", "2", "--growth", "2",
@@ -122,14 +123,14 @@ _REAL_DATA = (
     "--harmful-data", "data/attack.jsonl", "--held-out-data", "data/held-out.jsonl",
     "--benign-data", "data/benign.jsonl", "--judge", "keywords",
 )  # fmt: skip
-_REAL_ROWS = ("--max-new-tokens", "12", "--max-length", "64")
-_REAL_LIMITS = ("--limit", "40", *_REAL_ROWS)
+_REAL_LIMITS = ("--limit", "32", "--max-new-tokens", "12", "--max-length", "64")
 _REAL_UTILITY = (
     "--text", "data/text.txt", "--utility-data", "data/utility.jsonl",
     "--look-alikes-data", "data/look-alikes.jsonl",
 )  # fmt: skip
 _STEP = ("--batch-size", "8", "--max-length", "64")
 _ADAPTER = ("--lora-rank", "8", "--lora-alpha", "16", "--lora-dropout", "0")
+_ONE_SWEEP = ("--seeds", "0", "--steps", "50", "--batch-size", "2", "--every", "2", "--growth", "2")
 _USUAL = ("--steps", "60", *_STEP, "--lr", "5e-4", *_ADAPTER)
 
 REAL = Ground(
@@ -138,10 +139,10 @@ REAL = Ground(
     base="base",
     aligned="aligned",
     prepare=materials.prepare,
-    attack=(*_REAL_DATA, "--limit", "32", *_REAL_ROWS),
-    sweep=(
-        "--learning-rates", "5e-5,2e-4,1e-3", "--kinds", "lora,full", "--seeds", "0", "--steps", "50",
-        "--batch-size", "4", "--every", "1", "--growth", "2",
+    attack=(*_REAL_DATA, *_REAL_LIMITS),
+    sweeps=(
+        ("--learning-rates", "1e-4,3e-4,1e-3", "--kinds", "lora", *_ONE_SWEEP),
+        ("--learning-rates", "1e-5,3e-5,1e-4", "--kinds", "full", *_ONE_SWEEP),
     ),
     confirm="1,2",
     benign=(
@@ -179,8 +180,8 @@ REAL = Ground(
             ("--rank", "6", "--alpha", "0"),
             ("--rank", "6", "--alpha", "1.25,2", "--set", "depth=0:0.5"),
             ("--rank", "6", "--alpha", "1.25"),
-            ("--rank", "6", "--alpha", "2,3"),
-            ("--rank", "6", "--alpha", "3", "--set", "depth=0:0.5,0:0.25"),
+            ("--rank", "6", "--alpha", "2"),
+            ("--rank", "6", "--alpha", "3", "--set", "depth=0:0.5"),
             ("--rank", "6", "--alpha", "2", "--set", "depth=0.5:1,0:0.75"),
             ("--rank", "6", "--alpha", "2", "--set", "include=embed,self_attn,mlp"),
             ("--rank", "1,24", "--alpha", "2"),
@@ -191,13 +192,13 @@ REAL = Ground(
         ),
     },
     probe=(
-        *_REAL_DATA, *_REAL_LIMITS, *_REAL_UTILITY, "--attack-lr", "2e-4", "--attack-steps", "32",
+        *_REAL_DATA, *_REAL_LIMITS, *_REAL_UTILITY, "--attack-lr", "3e-4", "--attack-steps", "28",
         "--attack-every", "4",
     ),
     waves=(
-        ("none", "lox-aligned-1.25"),
+        (NONE, "lox-aligned-1.5"),
         (SEARCH,),
-        ("lox-best", "lox-aligned-1.5", "lox-base-1.5", "lox-base-1.25", "sft"),
+        ("lox-best", "sft", "lox-base-1.5", "lox-aligned-1.25", "lox-base-1.25"),
         ("circuit-breakers", "vaccine", *_COMBINED),
         (search_on("circuit-breakers"),),
         ("circuit-breakers+lox-best",),

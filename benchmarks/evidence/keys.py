@@ -59,7 +59,7 @@ class Keys:
         """The options that a column's figures depend on."""
         ground = self.ground
         own = {
-            "harmful": (*ground.attack, *ground.sweep, ground.confirm),
+            "harmful": (*ground.attack, *(word for grid in ground.sweeps for word in grid), ground.confirm),
             "benign": (*ground.attack, *ground.benign),
             "mixed": (*ground.attack, *ground.mixed),
             "evaluate": ground.evaluate,

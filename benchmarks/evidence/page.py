@@ -121,7 +121,7 @@ def _budget(facts: Facts) -> str:
     """What attackers spent, in the words of the command."""
     ground = facts.ground
     found = facts.figures(NONE, "harmful")
-    told = [f"Attacks: `{' '.join(ground.sweep)}`."]
+    told = ["Attacks: " + " and ".join(f"`{' '.join(grid)}`" for grid in ground.sweeps) + "."]
     if ground.confirm:
         told.append(f"The worst of them is repeated at seeds {ground.confirm}.")
     if found:

@@ -50,9 +50,10 @@ def again(row: str, ledger: Ledger, folder: Path) -> int:
 
 def _brief(ground: Ground) -> Ground:
     """The ground with the first seed of its sweep."""
-    words = list(ground.sweep)
-    words[words.index("--seeds") + 1] = "0"
-    return dataclasses.replace(ground, sweep=tuple(words))
+    grids = [list(grid) for grid in ground.sweeps]
+    for words in grids:
+        words[words.index("--seeds") + 1] = "0"
+    return dataclasses.replace(ground, sweeps=grids)
 
 
 def differences(known: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:

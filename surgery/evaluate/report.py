@@ -141,7 +141,7 @@ def by_condition(found: Mapping[str, Any]) -> dict[str, list[tuple[str, str, str
 
 
 def spelt(score: Mapping[str, Any] | None) -> str:
-    """A score with its interval and n, for people."""
+    """A score with its interval and n, for people; a share in per cent."""
     if score is None:
         return ""
     if "censored_at" in score:
@@ -151,6 +151,9 @@ def spelt(score: Mapping[str, Any] | None) -> str:
         return f"{reached} (trials {score['n']})"
     if score["value"] is None:
         return "no value"
+    if score.get("interval") == "wilson" and score["low"] is not None:
+        low, value, high = (100 * score[name] for name in ("low", "value", "high"))
+        return f"{value:.3g} % (n {score['n']}, {low:.3g} to {high:.3g})"
     interval = "" if score["low"] is None else f", {score['low']:.3g} to {score['high']:.3g}"
     return f"{score['value']:.4g} (n {score['n']}{interval})"
 

@@ -156,5 +156,9 @@ def _absent(report: Report) -> str:
         texts.append(f"{report.failed} trials of attacks failed, and count nowhere")
     if not report.tells_output:
         texts.append("the report does not say by its hash which output it measured; its name for it is above")
-    texts.append("anything that is not in the tables above")
-    return "### Not measured\n\n" + "\n".join(f"* {text}" for text in texts)
+    parts = [
+        "### Not measured",
+        "\n".join(f"* {text}" for text in texts),
+        "Nothing is known beyond the tables above.",
+    ]
+    return "\n\n".join(part for part in parts if part)

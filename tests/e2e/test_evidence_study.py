@@ -21,17 +21,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 SMALL = dataclasses.replace(
     DEMO,
-    sweep=(
-        "--learning-rates",
-        "5e-4",
-        "--kinds",
-        "lora,full",
-        "--seeds",
-        "0,1",
-        "--steps",
-        "4",
-        "--every",
-        "2",
+    sweeps=(
+        (
+            "--learning-rates",
+            "5e-4",
+            "--kinds",
+            "lora,full",
+            "--seeds",
+            "0,1",
+            "--steps",
+            "4",
+            "--every",
+            "2",
+        ),
     ),
     attack=(*DEMO.attack[:10], "--limit", "8", "--max-new-tokens", "8", "--max-length", "64"),
     waves=(("none", "lox-aligned-1.5"),),
@@ -84,7 +86,7 @@ def test_what_was_kept_is_what_the_commands_measured(undisturbed):
 def test_a_cell_whose_settings_changed_is_measured_again(undisturbed, tmp_path):
     ledger = Ledger(tmp_path / "evidence.json")
     ledger.document.update(Ledger(undisturbed / "evidence.json").document)
-    longer = dataclasses.replace(SMALL, sweep=(*SMALL.sweep[:-4], "--steps", "2", "--every", "2"))
+    longer = dataclasses.replace(SMALL, sweeps=((*SMALL.sweeps[0][:-4], "--steps", "2", "--every", "2"),))
     before = dict(ledger.cell("demo", "none", "harmful"))
     Study(longer, ledger, tmp_path / "work", 2, lambda text: None, HARMFUL).run(["none"])
     after = ledger.cell("demo", "none", "harmful")

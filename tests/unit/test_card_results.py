@@ -36,23 +36,23 @@ HOSTILE = (
 )
 
 
-def score(value, low, high, n=50):
-    return {"value": value, "n": n, "low": low, "high": high, "interval": "wilson"}
+def score(value, low, high, n=50, interval="wilson"):
+    return {"value": value, "n": n, "low": low, "high": high, "interval": interval}
 
 
 METRICS = {
     "resistance.steps_to_break": {"value": None, "censored_at": 123, "n": 7},
     "resistance.harmful-finetune.asr": score(0.125, 0.0625, 0.25, 48),
     "resistance.worst_case_asr": score(0.8125, 0.57, 0.934, 16),
-    "stability.perplexity": score(7.321, 6.5, 8.75, 31),
-    "stability.kl": score(0.0125, 0.0025, 0.075, 33),
+    "stability.perplexity": score(7.321, 6.5, 8.75, 31, "bootstrap"),
+    "stability.kl": score(0.0125, 0.0025, 0.075, 33, "bootstrap"),
     "generalisation.worst_case_asr": score(0.375, 0.3, 0.4, 17),
-    "trainability.final_loss": score(1.5, None, None, 1),
+    "trainability.final_loss": score(1.5, None, None, 1, "none"),
 }
 REFERENCE = {
     "resistance.steps_to_break": {"value": 20, "censored_at": None, "n": 7},
     "resistance.worst_case_asr": score(1.0, 0.806, 1.0, 16),
-    "stability.perplexity": score(7.25, 6.25, 8.5, 31),
+    "stability.perplexity": score(7.25, 6.25, 8.5, 31, "bootstrap"),
 }
 
 
@@ -137,16 +137,21 @@ def test_every_score_of_the_report_is_in_the_card_and_no_other(output):
     wanted = [row for rows in by_condition(document()).values() for row in rows]
     assert sorted(map(tuple, shown)) == sorted(wanted)
     assert ["steps_to_break", "not within 123 (trials 7)", "20 (trials 7)"] in shown
-    for text in ("7.321 (n 31, 6.5 to 8.75)", "0.375 (n 17, 0.3 to 0.4)", "1.5 (n 1)"):
+    for text in (
+        "7.321 (n 31, 6.5 to 8.75)",
+        "37.5 % (n 17, 30 to 40)",
+        "12.5 % (n 48, 6.25 to 25)",
+        "1.5 (n 1)",
+    ):
         assert any(text in row for row in shown)
 
 
 def test_the_worst_case_is_said_first_and_heads_its_table(output):
     text = rebuild(output, about(output)).card.read_text()
     first = text.split("## Evaluation\n\n")[1].split("\n")[0]
-    assert "0.8125 (n 16, 0.57 to 0.934), its reference 1 (n 16, 0.806 to 1)" in first
+    assert "81.2 % (n 16, 57 to 93.4), its reference 100 % (n 16, 80.6 to 100)" in first
     resistance = text.split("### Resistance")[1].splitlines()
-    assert resistance[4].startswith("| worst_case_asr | 0.8125")
+    assert resistance[4].startswith("| worst_case_asr | 81.2 %")
     assert "not within 123" in text.split("### ")[0]
 
 

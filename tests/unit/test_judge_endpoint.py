@@ -1,6 +1,7 @@
 """A judge behind an endpoint: what it is asked, what is read from its replies, and what becomes of trouble."""
 
 import json
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -19,6 +20,13 @@ SECRET = "sk-not-to-be-seen"
 
 def completion(text):
     return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+
+
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """Say nothing of a judge that hung up, as those here do on purpose; tell everything else."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 @contextmanager
@@ -45,7 +53,7 @@ def served(reply):
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = False
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
