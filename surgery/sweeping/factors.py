@@ -33,7 +33,7 @@ _TURNED = "left is turned"
 
 @dataclass(frozen=True)
 class Cut(LoX):
-    """LoX by factors that were made before, cut to its rank; `full` needs none.
+    """LoX by factors that were made before, cut to its rank; `auto` and `full` need none.
 
     Attributes:
         factored: The update of every part of every edited tensor at alpha 1, by the part's name.

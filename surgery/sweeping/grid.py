@@ -30,7 +30,7 @@ _EXPONENTS = 300
 class Grid:
     """What a sweep tries."""
 
-    rank: Annotated[str, Doc("Ranks: a list as 1,3,6,full, ranges FROM:TO:STEP with both ends.")] = "1,3,6,12"
+    rank: Annotated[str, Doc("Ranks: a list as 1,3,6,auto,full, ranges FROM:TO:STEP with both ends.")] = "1,3,6,12"
     alpha: Annotated[str, Doc("Alphas: a list, or ranges FROM:TO:STEP with both ends.")] = "0.5:2:0.5"
     anchor: Annotated[str, Doc("Anchors: aligned, base, or both.")] = "aligned"
 
@@ -55,18 +55,18 @@ class Grid:
         return every
 
     def largest(self) -> int | None:
-        """The largest rank with a number; None where the only one is `full`."""
+        """The largest rank with a number; None where there is none."""
         return max((rank for rank in self._ranks() if isinstance(rank, int)), default=None)
 
     def _ranks(self) -> list[int | str]:
         found: list[int | str] = []
         for word in _words(self.rank, "rank"):
-            if word == "full":
+            if word in ("auto", "full"):
                 found.append(word)
                 continue
             values = _values(word, "rank", "1,3,6,full")
             if any(value.denominator != 1 for value in values):
-                raise UsageError(f"rank has {word!r}; it must be whole numbers or full, as in --rank 1,3,6")
+                raise UsageError(f"rank has {word!r}; it must be whole numbers, auto or full, as in --rank 1,3,6")
             found += map(int, values)
         return list(dict.fromkeys(found))
 

@@ -85,7 +85,7 @@ class Patcher:
     def _cut(self, params: grid.Params) -> Cut:
         asked = grid.lox(self._method, params)
         largest = self._method.rank if isinstance(self._method.rank, int) else 0
-        if asked.rank == "auto" or (isinstance(asked.rank, int) and asked.rank > largest):
+        if isinstance(asked.rank, int) and asked.rank > largest:
             raise UsageError(f"rank is {asked.rank}, and this sweep was decomposed at rank {largest}")
         return Cut(**vars(asked), factored=self._factored)
 

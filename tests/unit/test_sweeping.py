@@ -93,15 +93,15 @@ def test_what_is_no_grid_is_refused(text, reason):
     assert reason in str(caught.value)
 
 
-def test_ranks_are_whole_numbers_or_full_and_anchors_bound_alpha():
-    trials = Grid(rank="1:7:3,full,4", alpha="1,1.5", anchor="aligned,base").trials()
-    assert [trial["rank"] for trial in trials[::4]] == [1, 4, 7, "full"]
+def test_ranks_are_whole_numbers_auto_or_full_and_anchors_bound_alpha():
+    trials = Grid(rank="1:7:3,auto,full,4", alpha="1,1.5", anchor="aligned,base").trials()
+    assert [trial["rank"] for trial in trials[::4]] == [1, 4, 7, "auto", "full"]
     assert [(trial["alpha"], trial["anchor"]) for trial in trials[:4]] == [
         (1.0, "aligned"), (1.0, "base"), (1.5, "aligned"), (1.5, "base"),
     ]  # fmt: skip
     assert Grid(rank="1:7:3,full").largest() == 7
-    assert Grid(rank="full").largest() is None
-    for wrong, reason in (("1.5", "whole numbers"), ("0", "rank is 0"), ("auto", "rank has 'auto'")):
+    assert Grid(rank="auto,full").largest() is None
+    for wrong, reason in (("1.5", "whole numbers"), ("0", "rank is 0"), ("best", "rank has 'best'")):
         with pytest.raises(UsageError, match=reason):
             Grid(rank=wrong).trials()
     with pytest.raises(UsageError, match="with the base anchor it must be at least 1"):
