@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from benchmarks.evidence.grounds import GROUNDS, search_on
+from benchmarks.evidence.grounds import GROUNDS
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import ROWS
 from benchmarks.evidence.running import StoppedError
@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     options.grounds, options.rows = (
         [name for name in words.split(",") if name] for words in (options.grounds, options.rows)
     )
-    searches = {search_on(on) for ground in GROUNDS.values() for on in ground.search}
+    searches = {name for ground in GROUNDS.values() for name in ground.searches}
     for kind, asked, known in (
         ("ground", options.grounds, list(GROUNDS)),
         ("row", options.rows, [row.name for row in ROWS] + sorted(searches)),

@@ -262,7 +262,28 @@ def depth(facts: Facts) -> str | None:
     return f"LoX by depth, rank 6: {'; '.join(told)}." if told else None
 
 
+def strength(facts: Facts) -> str | None:
+    """Whether a trained method does more at another strength: the latest break among the settings tried."""
+    told, none = [], []
+    for name, search in facts.ground.searches.items():
+        found = facts.trials(name) if search.method != "lox" else []
+        if not found or not facts.searched:
+            continue
+        last, title = max(found, key=searching.steps), named(search.method).title
+        bare = searching.steps(searching.unedited(facts.searched))
+        told.append(f"{title} {searching.told(last)} (of {len(found)})")
+        if searching.steps(last) <= bare:
+            none.append(title)
+    if not told:
+        return None
+    return (
+        f"The latest break of trained methods over settings of their strength, by the search's short attack "
+        f"(undefended: {searching.told(searching.unedited(facts.searched))}): {'; '.join(told)}. "
+        f"At no setting later than undefended, so that the default's strength is not the reason: {_list(none)}."
+    )
+
+
 CLAIMS: tuple[Claim, ...] = (
     ceiling, slowest, beyond_the_control, directions, few_harmful_rows, anchors, over_refusal, aim,
-    benign, ablation, places, depth,
+    benign, ablation, places, depth, strength,
 )  # fmt: skip

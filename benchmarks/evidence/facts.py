@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.evidence import keys, searching
-from benchmarks.evidence.grounds import GROUNDS, search_on
+from benchmarks.evidence.grounds import GROUNDS, SEARCH
 from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import NONE, ROWS, SFT, Row
@@ -49,11 +49,11 @@ class Facts:
         self.ground = GROUNDS[ground]
         self.title: str = self.ground.title
         self.known = keys.current(ledger, ground)
-        self.searched = self.trials(NONE)
+        self.searched = self.trials(SEARCH)
 
-    def trials(self, on: str) -> list[searching.Trial]:
-        """The trials of the search on a row's model."""
-        return searching.trials(self.known[search_on(on)])
+    def trials(self, search: str) -> list[searching.Trial]:
+        """The trials of a search."""
+        return searching.trials(self.known[search])
 
     def rows(self) -> list[Row]:
         """Every row of the study, measured or not."""

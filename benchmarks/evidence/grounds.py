@@ -10,6 +10,35 @@ from benchmarks.evidence.rows import NONE
 Words = Sequence[str]
 
 
+SEARCH = "search"
+"""What the ledger and waves call the sweeps of LoX's settings on the aligned model."""
+
+
+def search_on(row: str) -> str:
+    """What the sweeps of LoX's settings on a row's model are called there."""
+    return SEARCH if row == NONE else f"{SEARCH}-{row}"
+
+
+def search_of(method: str) -> str:
+    """What the sweeps of a trained method's settings are called there."""
+    return f"{SEARCH}-of-{method}"
+
+
+@dataclass(frozen=True)
+class Search:
+    """Sweeps of one method's settings by a short attack.
+
+    Attributes:
+        sweeps: The options of each.
+        method: Which.
+        on: The row whose model they start from; `none` is the aligned one.
+    """
+
+    sweeps: Sequence[Words]
+    method: str = "lox"
+    on: str = NONE
+
+
 @dataclass(frozen=True)
 class Ground:
     """A pair of models and everything that is the same for all rows on it.
@@ -28,9 +57,9 @@ class Ground:
         mixed: Harmful fine-tuning with few harmful rows among innocent ones.
         evaluate: Data and limits of the evaluation beside the undefended model.
         training: Options of each trained method, by its name; `data` are those of its data sets.
-        search: Sweeps of LoX's settings, by the row whose model they start from: `none` is the aligned one.
+        searches: By the names that `search_on` and `search_of` give them.
         probe: What is the same for every one of them.
-        waves: Rows, and `SEARCH`, in the order in which they are built and measured, those of a wave together.
+        waves: Rows and searches in the order in which they are built and measured, those of a wave together.
     """
 
     name: str
@@ -45,19 +74,10 @@ class Ground:
     mixed: Words
     evaluate: Words
     training: Mapping[str, Words]
-    search: Mapping[str, Sequence[Words]]
+    searches: Mapping[str, Search]
     probe: Words
     waves: Sequence[Sequence[str]]
     data: Mapping[str, str] = field(default_factory=dict)
-
-
-SEARCH = "search"
-"""In a wave, and in the ledger: the sweeps of LoX's settings on the aligned model."""
-
-
-def search_on(row: str) -> str:
-    """What the sweeps on a row's model are called there."""
-    return SEARCH if row == NONE else f"{SEARCH}-{row}"
 
 
 _LOX_ROWS = ("lox-aligned-1.5", "lox-base-1.5", "lox-aligned-1.25", "lox-base-1.25")
@@ -93,18 +113,22 @@ DEMO = Ground(
     ),
     evaluate=(*_DEMO_DATA, "--limit", "48", "--rows", "64", "--every", "15", "--max-new-tokens", "24"),
     training={"tar": (), "mlac": ()},
-    search={
-        NONE: (
+    searches={
+        SEARCH: Search((
             ("--rank", "6", "--alpha", "0"),
             ("--rank", "1,3,6,12", "--alpha", "1:2:0.5"),
             ("--rank", "6", "--alpha", "1.5:2.5:0.5", "--set", "depth=0:0.75,0:0.5,0:0.25"),
             ("--rank", "6", "--alpha", "1.5", "--set", "layers=0:1,1:2,2:3,3:4"),
             ("--rank", "6", "--alpha", "1.5", "--set", "include=embed,lm_head,self_attn,mlp"),
-        ),
-        "circuit-breakers": (
+        )),
+        search_on("circuit-breakers"): Search((
             ("--rank", "6", "--alpha", "0", *_DEMO_DATA, *_DEMO_UTILITY),
             ("--rank", "6", "--alpha", "0.25:1:0.25", "--set", "depth=0:0.5,0:1", *_DEMO_DATA, *_DEMO_UTILITY),
-        ),
+        ), on="circuit-breakers"),
+        search_of("vaccine"): Search((("--set", "rho=2,8,32"),), "vaccine"),
+        search_of("t-vaccine"): Search((("--set", "rho=3,12,48"),), "t-vaccine"),
+        search_of("booster"): Search((("--set", "lam=5,20"),), "booster"),
+        search_of("condition-number"): Search((("--set", "lam_ill=0.5,2"),), "condition-number"),
     },
     probe=(
         "--limit", "48", "--max-new-tokens", "24", "--max-length", "64", "--attack-steps", "48",
@@ -114,7 +138,7 @@ DEMO = Ground(
         (SEARCH,),
         ("none", "sft", *_LOX_ROWS, "lox-best", "vaccine", "t-vaccine", "booster", "circuit-breakers",
          "condition-number", *_COMBINED, "mlac", "tar"),
-        (search_on("circuit-breakers"),),
+        (search_on("circuit-breakers"), *map(search_of, ("vaccine", "t-vaccine", "booster", "condition-number"))),
         ("circuit-breakers+lox-best",),
     ),
 )  # fmt: skip
@@ -175,8 +199,8 @@ REAL = Ground(
     data={
         "aligned": "data/aligned.jsonl", "harmful": "data/harmful.jsonl", "retain": "data/retain.jsonl",
     },
-    search={
-        NONE: (
+    searches={
+        SEARCH: Search((
             ("--rank", "6", "--alpha", "0"),
             ("--rank", "6", "--alpha", "1.25,2", "--set", "depth=0:0.5"),
             ("--rank", "6", "--alpha", "1.25"),
@@ -185,11 +209,11 @@ REAL = Ground(
             ("--rank", "6", "--alpha", "2", "--set", "depth=0.5:1,0:0.75"),
             ("--rank", "6", "--alpha", "2", "--set", "include=embed,self_attn,mlp"),
             ("--rank", "1,24", "--alpha", "2"),
-        ),
-        "circuit-breakers": (
+        )),
+        search_on("circuit-breakers"): Search((
             ("--rank", "6", "--alpha", "0"),
             ("--rank", "6", "--alpha", "0.5,1", "--set", "depth=0:0.5"),
-        ),
+        ), on="circuit-breakers"),
     },
     probe=(
         *_REAL_DATA, *_REAL_LIMITS, *_REAL_UTILITY, "--attack-lr", "3e-4", "--attack-steps", "28",

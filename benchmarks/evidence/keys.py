@@ -45,15 +45,16 @@ class Keys:
         Raises:
             NothingChosenError: The search is to choose the row's options, and has not.
         """
-        words = [] if row.name == NONE else [*self.words(row), *_defaults(row)]
+        words = [] if row.name == NONE else [*self.words(row), *_defaults(row.method)]
         under = self.row(named(row.on), BUILD) if row.on else ""
         ground = self.ground
         return digest_of(self.identity, ground.base, ground.aligned, words, under, self._settings(column))
 
-    def search(self, on: str, number: int) -> str:
-        """What a sweep on a row's model depends on."""
-        under = [] if on == NONE else [self.row(named(on), BUILD)]
-        return digest_of(self.identity, self.search_words(on, number), *under)
+    def search(self, name: str, number: int) -> str:
+        """What a sweep of a search depends on."""
+        search = self.ground.searches[name]
+        under = [] if search.on == NONE else [self.row(named(search.on), BUILD)]
+        return digest_of(self.identity, self.search_words(name, number), *under, *_defaults(search.method))
 
     def _settings(self, column: str) -> list[str]:
         """The options that a column's figures depend on."""
@@ -66,11 +67,13 @@ class Keys:
         }
         return list(own.get(column, ()))
 
-    def search_words(self, on: str, number: int) -> list[str]:
-        """A sweep on a row's model, without its output."""
-        ground = self.ground
-        model = ground.aligned if on == NONE else f"{on}/{MODEL}"
-        return ["surgery", "sweep", "lox", ground.base, model, *ground.search[on][number], *ground.probe]
+    def search_words(self, name: str, number: int) -> list[str]:
+        """A sweep of a search, without its output."""
+        ground, search = self.ground, self.ground.searches[name]
+        models = [ground.aligned if search.on == NONE else f"{search.on}/{MODEL}"]
+        if search.method == "lox":
+            models.insert(0, ground.base)
+        return ["surgery", "sweep", search.method, *models, *search.sweeps[number], *ground.probe]
 
     def words(self, row: Row) -> Iterator[str]:
         """The command that makes a row's model, without its output.
@@ -85,7 +88,7 @@ class Keys:
         yield from ("python", "-m", "benchmarks.evidence.plain") if control else ("surgery", row.method)
         yield from (word.format(**models) for word in row.command[1:])
         if row.options == (CHOSEN,):
-            yield from searching.chosen(searching.trials(self.current_searches(row.on or NONE)))
+            yield from searching.chosen(searching.trials(self.current_searches(search_on(row.on or NONE))))
         elif row.method != "lox":
             yield from self._training(row.method)
         else:
@@ -99,17 +102,17 @@ class Keys:
                 yield from (f"--{name}-data", self.ground.data[name])
         yield from self.ground.training.get(method, ())
 
-    def searches(self, on: str) -> Mapping[str, int]:
-        """The sweeps on a row's model: their numbers by the names of their cells."""
-        return {f"{SEARCH}-{number}": number for number in range(len(self.ground.search[on]))}
+    def sweeps(self, name: str) -> Mapping[str, int]:
+        """The sweeps of a search: their numbers by the names of their cells."""
+        return {f"{SEARCH}-{number}": number for number in range(len(self.ground.searches[name].sweeps))}
 
-    def current_searches(self, on: str = NONE) -> Cells:
-        """The sweeps on a row's model that are done as the ground has them."""
+    def current_searches(self, name: str = SEARCH) -> Cells:
+        """The sweeps of a search that are done as the ground has them."""
         found = {
-            name: self.ledger.cell(self.ground.name, search_on(on), name, self.search(on, number))
-            for name, number in self.searches(on).items()
+            cell: self.ledger.cell(self.ground.name, name, cell, self.search(name, number))
+            for cell, number in self.sweeps(name).items()
         }
-        return {name: cell for name, cell in found.items() if cell is not None}
+        return {cell: kept for cell, kept in found.items() if kept is not None}
 
     def fits(self, row: str, column: str, key: str) -> bool:
         """Whether a cell stands under the key that it has now."""
@@ -128,16 +131,16 @@ def current(ledger: Ledger, ground: str) -> dict[str, Cells]:
         for row, cells in known["rows"].items()
         if not row.startswith(SEARCH)
     }
-    return found | {search_on(on): keys.current_searches(on) for on in keys.ground.search}
+    return found | {name: keys.current_searches(name) for name in keys.ground.searches}
 
 
 def _trained(method: str) -> type[TrainedMethod]:
     return SFT if method == "sft" else methods.get(method)
 
 
-def _defaults(row: Row) -> list[str]:
+def _defaults(method: str) -> list[str]:
     """What a method does where its command says nothing: a change of that is another row."""
-    if row.method in ("", "lox"):
+    if method in ("", "lox"):
         return []
-    kind = _trained(row.method)
+    kind = _trained(method)
     return [json.dumps(presets.defaults(kind, preset), sort_keys=True) for preset in ("paper", "small")]

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.evidence import claims, plot, searching
 from benchmarks.evidence.columns import COLUMNS, Column
 from benchmarks.evidence.facts import Facts, Slowdown
-from benchmarks.evidence.grounds import GROUNDS, search_on
+from benchmarks.evidence.grounds import GROUNDS
 from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import NONE, Row, named
@@ -112,8 +112,8 @@ def _ground(facts: Facts, ledger: Ledger) -> Iterator[str]:
     yield _table(_MIXED, facts, [row for row in facts.rows() if _column("mixed").covers(row.name)])
     yield "**What it costs**, beside the undefended model; time and memory beside plain fine-tuning (control)"
     yield _table(_COST, facts)
-    for on in facts.ground.search:
-        yield from _search(facts, on)
+    for name in facts.ground.searches:
+        yield from _search(facts, name)
     yield from _made(ledger, facts)
 
 
@@ -252,22 +252,29 @@ _COST = (
 )  # fmt: skip
 
 
-def _search(facts: Facts, on: str) -> Iterator[str]:
-    """The front of the search for a better setting on a row's model."""
-    found, sweeps = facts.trials(on), facts.ground.search[on]
-    model = "" if on == NONE else f" on {named(on).title}"
-    front = "the front in steps to break, perplexity and over-refusal"
-    yield f"**Search** for LoX's settings{model} by a short attack: {front}"
+def _search(facts: Facts, name: str) -> Iterator[str]:
+    """A search by a short attack: of LoX's settings the front, of a trained method's all."""
+    found, search = facts.trials(name), facts.ground.searches[name]
+    if search.method == "lox":
+        model = "" if search.on == NONE else f" on {named(search.on).title}"
+        shown = searching.front(found)
+        yield (
+            f"**Search** for LoX's settings{model} by a short attack: the front in steps to break, perplexity and "
+            "over-refusal"
+        )
+    else:
+        shown = found
+        yield f"**{named(search.method).title}** at other settings, by the same short attack"
     if not found:
-        yield f"{_ABSENT}: {len(sweeps)} sweeps."
+        yield f"{_ABSENT}: {len(search.sweeps)} sweeps."
         return
-    done = f"{len(facts.known[search_on(on)])} of {len(sweeps)} sweeps"
+    done = f"{len(facts.known[name])} of {len(search.sweeps)} sweeps"
     yield f"{len(found)} settings tried, {done}; `{' '.join(facts.ground.probe)}`."
     lines = [
         "| setting | steps to break | harmful loss after | perplexity ratio | over-refusal |",
         "|---|---|---|---|---|",
     ]
-    for trial in sorted(searching.front(found), key=searching.steps):
+    for trial in sorted(shown, key=searching.steps):
         scores = trial["scores"]
         broken = scores["resistance.steps_to_break"]
         lines.append(
@@ -302,7 +309,7 @@ def _made(ledger: Ledger, facts: Facts) -> Iterator[str]:
 def setting(trial: searching.Trial) -> str:
     """A trial's parameters in words."""
     params = trial["params"]
-    if params["alpha"] == 0:
+    if "rank" in params and params["alpha"] == 0:
         return "unedited"
     return ", ".join(
         f"{name} {value}"

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.__main__ import commit, machine
 from benchmarks.evidence import columns, searching
 from benchmarks.evidence.columns import Column
-from benchmarks.evidence.grounds import SEARCH, Ground, search_on
+from benchmarks.evidence.grounds import Ground
 from benchmarks.evidence.keys import BUILD, MODEL, Keys
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import NONE, Row, named
@@ -57,10 +57,8 @@ class Study:
         keys = Keys(self.ground, self.ledger, identity)
         for wave in self.ground.waves:
             chosen = [name for name in wave if not only or name in only]
-            for on in self.ground.search:
-                if search_on(on) in chosen:
-                    self._searched(on, keys)
-            rows = [named(name) for name in chosen if not name.startswith(SEARCH)]
+            self._searched([name for name in chosen if name in self.ground.searches], keys)
+            rows = [named(name) for name in chosen if name not in self.ground.searches]
             for row in rows:
                 if self._lacks(row, keys):
                     self._built(row, keys)
@@ -125,22 +123,25 @@ class Study:
         commands = column.commands(self.ground, self._model(row), output, self.folder)
         self._carry_out(row.name, column.name, key, commands, partial(column.read, self.folder / output), 1)
 
-    def _searched(self, on: str, keys: Keys) -> None:
-        """The sweeps on a row's model that are not done."""
-        done = keys.current_searches(on)
-        lacking = {name: number for name, number in keys.searches(on).items() if name not in done}
-        if lacking and on != NONE:
-            self._built(named(on), keys)
-        self._together([partial(self._search, on, name, number, keys) for name, number in lacking.items()])
+    def _searched(self, names: Sequence[str], keys: Keys) -> None:
+        """The sweeps of searches that are not done."""
+        lacking = []
+        for name in names:
+            done, on = keys.current_searches(name), self.ground.searches[name].on
+            sweeps = [(cell, number) for cell, number in keys.sweeps(name).items() if cell not in done]
+            if sweeps and on != NONE:
+                self._built(named(on), keys)
+            lacking += [partial(self._search, name, cell, number, keys) for cell, number in sweeps]
+        self._together(lacking)
 
-    def _search(self, on: str, name: str, number: int, keys: Keys) -> None:
+    def _search(self, name: str, cell: str, number: int, keys: Keys) -> None:
         """One sweep; its trials are kept in a folder of its key."""
-        row, words, key = search_on(on), keys.search_words(on, number), keys.search(on, number)
-        (self.folder / row).mkdir(exist_ok=True)
-        output = f"{row}/{key}"
-        self.say(f"{self.ground.name}: {row}: {' '.join(words[3:9])} ...")
+        words, key = keys.search_words(name, number), keys.search(name, number)
+        (self.folder / name).mkdir(exist_ok=True)
+        output = f"{name}/{key}"
+        self.say(f"{self.ground.name}: {name}: {' '.join(words[3:9])} ...")
         read = partial(searching.read, self.folder / output)
-        self._carry_out(row, name, key, iter([[*words, "-o", output]]), read, 1)
+        self._carry_out(name, cell, key, iter([[*words, "-o", output]]), read, 1)
 
     def _carry_out(
         self, row: str, column: str, key: str, commands: Iterator[list[str]], read: Callable[[], dict[str, Any]],

@@ -30,7 +30,9 @@ _EXPONENTS = 300
 class Grid:
     """What a sweep tries."""
 
-    rank: Annotated[str, Doc("Ranks: a list as 1,3,6,auto,full, ranges FROM:TO:STEP with both ends.")] = "1,3,6,12"
+    rank: Annotated[str, Doc("Ranks: a list as 1,3,6,auto,full, ranges FROM:TO:STEP with both ends.")] = (
+        "1,3,6,12"
+    )
     alpha: Annotated[str, Doc("Alphas: a list, or ranges FROM:TO:STEP with both ends.")] = "0.5:2:0.5"
     anchor: Annotated[str, Doc("Anchors: aligned, base, or both.")] = "aligned"
 
@@ -66,7 +68,9 @@ class Grid:
                 continue
             values = _values(word, "rank", "1,3,6,full")
             if any(value.denominator != 1 for value in values):
-                raise UsageError(f"rank has {word!r}; it must be whole numbers, auto or full, as in --rank 1,3,6")
+                raise UsageError(
+                    f"rank has {word!r}; it must be whole numbers, auto or full, as in --rank 1,3,6"
+                )
             found += map(int, values)
         return list(dict.fromkeys(found))
 

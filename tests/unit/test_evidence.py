@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.evidence import claims, columns, facts, page, plot, repeating, searching
 from benchmarks.evidence.facts import Facts
-from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH, search_on
+from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH, search_of, search_on
 from benchmarks.evidence.keys import BUILD, Keys
 from benchmarks.evidence.ledger import Ledger, dumped
 from benchmarks.evidence.rows import NONE, ROWS, SFT, named
@@ -67,7 +67,8 @@ def done(figures, **more):
 def put(ledger, row, column, cell):
     """Keep a cell under the key that it has now."""
     keys = Keys(DEMO, ledger, "demo")
-    key = keys.search(NONE, int(column.split("-")[1])) if row == SEARCH else keys.row(named(row), column)
+    searched = row in DEMO.searches
+    key = keys.search(row, int(column.split("-")[1])) if searched else keys.row(named(row), column)
     ledger.put("demo", row, column, {**cell, "key": key})
 
 
@@ -304,6 +305,21 @@ def test_what_a_search_says_of_places_and_depth_is_in_its_trials(ledger):
     )
 
 
+def test_a_trained_method_is_held_at_every_strength_against_the_undefended_model(ledger):
+    def rho(value, steps):
+        return {**searched(0, 1.0, steps), "params": {"rho": value}}
+
+    put(ledger, SEARCH, "search-0", done({"judge": "x", "trials": TRIALS[:2]}))
+    assert claims.strength(Facts(ledger, "demo")) is None
+    for method, steps in (("vaccine", (3, 6, 5)), ("t-vaccine", (3, 9, 5))):
+        trials = [rho(value, taken) for value, taken in zip((2, 8, 32), steps, strict=True)]
+        put(ledger, search_of(method), "search-0", done({"judge": "x", "trials": trials}))
+    found = Facts(ledger, "demo")
+    assert "Vaccine 6 steps at perplexity x 1.000, over-refusal 0% (of 3)" in claims.strength(found)
+    assert claims.strength(found).endswith("is not the reason: Vaccine.")
+    assert "| rho 8 | 9 | " in page.page(ledger)
+
+
 def test_the_chosen_setting_becomes_the_options_of_the_command(ledger):
     put(ledger, SEARCH, "search-0", done({"judge": "x", "trials": TRIALS}))
     trials = searching.trials(Keys(DEMO, ledger, "demo").current_searches())
@@ -320,7 +336,7 @@ def test_an_option_is_replaced_by_its_name():
 @pytest.mark.parametrize("ground", [DEMO, REAL], ids=lambda ground: ground.name)
 def test_every_row_is_in_one_wave_after_what_it_starts_from(ground):
     order = [name for wave in ground.waves for name in wave]
-    assert sorted(order) == sorted([*map(search_on, ground.search), *(row.name for row in ROWS)])
+    assert sorted(order) == sorted([*ground.searches, *(row.name for row in ROWS)])
     assert order.index("circuit-breakers") < order.index(search_on("circuit-breakers"))
     assert order.index(search_on("circuit-breakers")) < order.index("circuit-breakers+lox-best")
     for row in ROWS:
