@@ -179,7 +179,7 @@ REAL = Ground(
     ),
     evaluate=(
         *_REAL_DATA, *_REAL_LIMITS, *_REAL_UTILITY, "--practice-data", "data/practice.jsonl",
-        "--practice-lr", "5e-4", "--practice-seeds", "1",
+        "--practice-lr", "5e-4", "--practice-steps", "16", "--practice-seeds", "1",
     ),
     training={
         "sft": ("--steps", "60", *_STEP, "--lr", "5e-4"),

@@ -5,13 +5,14 @@
 h is the hidden state of a prompt's last token after a block; every weight whose output is added to the residual
 stream (embeddings, the last matrix of each attention and feed-forward part, their biases) loses its part along r. No
 step of training; the block is the one whose direction raises the likelihood of compliant answers most, on the
-attacker's own rows. Embeddings that are tied to the output head lose it there too.
+attacker's own rows; of a model with many blocks a few rows choose those that are compared on all. Embeddings that are
+tied to the output head lose it there too.
 
 Arditi, Obeso, Syed, Paleka, Panickssery, Gurnee, Nanda: "Refusal in Language Models Is Mediated by a Single
 Direction", NeurIPS 2024, https://arxiv.org/abs/2406.11717.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -28,6 +29,10 @@ from surgery.judging.likelihood import row_losses
 from surgery.train import blocks, parking
 from surgery.train.sources import Rows
 from surgery.train.tokens import Example, tokenise
+
+# Of more blocks than these, those that so many rows rank first are compared on all rows.
+FINALISTS = 8
+FIRST_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,7 @@ class RefusalAblation(Attack):
         harmful, benign = (self._examples(target, name) for name in ("harmful", "benign"))
         directions = _directions(target.model, found.layers, harmful, benign)
         writers = writing(target.model, harmful[0])
-        candidates = range(len(directions)) if self.layer is None else [self.layer - 1]
-        best = min(candidates, key=lambda place: _loss(target, writers, directions[place], harmful))
+        best = self.layer - 1 if self.layer else _best(target, writers, directions, harmful)
         with parking.kept([weight for weight, _ in writers], target.folder):
             ablate(writers, directions[best])
             watch(0, PLAIN)
@@ -136,6 +140,23 @@ def ablate(writers: Sequence[tuple[nn.Parameter, int]], direction: Float[Tensor,
         flat = moved.reshape(len(unit), -1)
         without = (flat - torch.outer(unit, unit @ flat)).view_as(moved)
         weight.copy_(without.movedim(0, axis))
+
+
+def _best(
+    target: Target,
+    writers: Sequence[tuple[nn.Parameter, int]],
+    directions: Sequence[Tensor],
+    harmful: Sequence[Example],
+) -> int:
+    """The block without whose direction compliant answers are likeliest."""
+
+    def on(rows: Sequence[Example]) -> Callable[[int], float]:
+        return lambda place: _loss(target, writers, directions[place], rows)
+
+    candidates = list(range(len(directions)))
+    if len(candidates) > FINALISTS:
+        candidates = sorted(candidates, key=on(harmful[:FIRST_ROWS]))[:FINALISTS]
+    return min(candidates, key=on(harmful))
 
 
 def _loss(

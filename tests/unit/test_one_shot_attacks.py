@@ -9,6 +9,7 @@ from surgery import attacks
 from surgery.attacking import trials
 from surgery.attacking.ground import prepare
 from surgery.attacking.settings import Budget
+from surgery.attacks import refusal_ablation
 from surgery.attacks.base import PLAIN
 from surgery.attacks.hypothetical import Hypothetical
 from surgery.attacks.prefill import Prefill
@@ -50,6 +51,28 @@ def test_one_look_and_the_model_is_what_it_was(ground, name):
     attacks.get(name)().carry_out(ground.target, lambda steps, approach: looks.append((steps, approach)))
     assert fingerprint(ground.target.model) == before
     assert [steps for steps, _ in looks] == [0]
+
+
+def test_of_many_blocks_few_rows_choose_those_that_all_rows_compare(ground, monkeypatch):
+    few, every = [5, 1, 4, 2, 3, 0], [0.0, 3.0, 2.0, 1.0, 4.0, 5.0]
+    asked, rows = [], RefusalAblation(rows=12)._examples(ground.target, "harmful")
+
+    def loss(target, writers, direction, rows):
+        asked.append(len(rows))
+        return (few if len(rows) == 2 else every)[int(direction)]
+
+    def best(blocks):
+        asked.clear()
+        return refusal_ablation._best(ground.target, [], list(torch.arange(blocks)), rows)
+
+    monkeypatch.setattr(refusal_ablation, "_loss", loss)
+    monkeypatch.setattr(refusal_ablation, "FIRST_ROWS", 2)
+    monkeypatch.setattr(refusal_ablation, "FINALISTS", 3)
+    # Block 0 would be the best on all rows, and the few rows leave it out; of 5, 1 and 3 the best is 3.
+    assert best(6) == 3
+    assert asked == [2] * 6 + [12] * 3
+    assert best(3) == 0
+    assert asked == [12] * 3
 
 
 @pytest.mark.parametrize("name", ONE_SHOT)
