@@ -197,8 +197,9 @@ def _slower(column: str) -> Cell:
 
 
 def slow(found: Slowdown) -> str:
-    """A slow-down as the page spells it."""
-    return f"{'> ' if found.unbroken else ''}{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+    """A slow-down as the page spells it; one attack has no interval."""
+    ends = f"({found.low:.2f} to {found.high:.2f})" if found.n > 1 else "(n 1)"
+    return f"{'> ' if found.unbroken else ''}{found.value:.2f} {ends}"
 
 
 def _loss(facts: Facts, row: Row) -> str:

@@ -142,6 +142,7 @@ def test_a_model_that_was_not_broken_counts_at_its_last_step_and_says_so(ledger)
     assert found.value == pytest.approx(32 / 3)
     assert found.unbroken == 1
     assert page.slow(found).startswith("> ")
+    assert page.slow(facts.Slowdown(1.5, 1.5, 1.5, 1, 0)) == "1.50 (n 1)"
 
 
 def test_between_two_looks_the_break_is_where_the_line_reaches_the_threshold():
