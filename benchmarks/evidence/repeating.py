@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.evidence.columns import COLUMNS
 from benchmarks.evidence.facts import Facts
-from benchmarks.evidence.grounds import DEMO, Ground, search_on
+from benchmarks.evidence.grounds import DEMO, Ground
 from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.study import Study
@@ -34,7 +34,7 @@ def again(row: str, ledger: Ledger, folder: Path) -> int:
     folder.mkdir(parents=True)
     fresh = Ledger(folder / "evidence.json")
     # A row with options that the search chose takes them from the search of the ledger.
-    for name in map(search_on, DEMO.search):
+    for name in DEMO.searches:
         fresh.ground(DEMO.name)["rows"][name] = ledger.ground(DEMO.name)["rows"].get(name, {})
     columns = [column for column in COLUMNS if column.name in _MEASURED]
     study = Study(_brief(DEMO), fresh, folder / DEMO.name, cores(), lambda text: None, columns)
