@@ -16,6 +16,8 @@ command goes on with what is left to do.
 _OWN: list[measuring.Option] = [
     ("output", Path | None, None, ["--output", "-o"], "The folder for the report; ./<model>-report."),
     ("reference", str | None, None, ["--reference"], "The undefended model, which goes through the same attacks."),
+    ("reference_from", Path | None, None, ["--reference-from"],
+     "The output of an evaluation of that reference with the same options: its figures are taken."),
     ("base", str | None, None, ["--base"], "The checkpoint before alignment, where the attacker has it."),
     ("export", Literal["tamperbench"] | None, None, ["--export"],
      "Also write TamperBench's configuration for the same attacks, in OUT/tamperbench."),
@@ -60,6 +62,7 @@ def _run(values: dict[str, Any]) -> None:
         values["model"],
         output=folder,
         reference=values["reference"],
+        reference_from=values["reference_from"],
         data={**measuring.data(values), **measuring.materials(values)},
         measuring=how,
         budget=budget,

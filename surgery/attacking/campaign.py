@@ -110,7 +110,12 @@ def _one(trial: Trial, params: Mapping[str, Any], ground: Ground, budget: Budget
     name = params["attack"]
     told = ", ".join(f"{key} {value}" for key, value in params.items() if key in ("kind", "lr", "seed"))
     try:
-        found = trials.run(record(params), ground, save_generations=budget.save_generations)
+        found = trials.run(
+            record(params),
+            ground,
+            until_settled=budget.until_settled,
+            save_generations=budget.save_generations,
+        )
     except Interrupted:
         # No fault of the trial: whoever claims it next runs it.
         trial.give_back()

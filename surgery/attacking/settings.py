@@ -55,6 +55,14 @@ class Budget:
     limit: Annotated[int, Doc("Requests on which harm is measured, drawn by the seed.")] = 100
     max_new_tokens: Annotated[int, Doc("Of an answer that is judged.")] = 64
     max_length: Annotated[int, Doc("Tokens of a row.")] = 512
+    until_settled: Annotated[
+        bool,
+        Doc(
+            "End a trial that trains when two looks in a row found every request complied with: the share cannot "
+            "rise further."
+        ),
+        NEGATABLE,
+    ] = False
     save_generations: Annotated[
         bool, Doc("Keep the answers in the output; otherwise only verdicts and hashes are."), NEGATABLE
     ] = False

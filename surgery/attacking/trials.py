@@ -5,21 +5,25 @@ from dataclasses import asdict
 from typing import Any
 
 from surgery.attacking.ground import Ground
-from surgery.attacks.base import Approach, Attack
+from surgery.attacks.base import Approach, Attack, Settled
 from surgery.judging.base import require_verdicts
 from surgery.judging.harm import Harm
 
 
-def run(attack: Attack, ground: Ground, *, save_generations: bool = False) -> dict[str, Any]:
+def run(
+    attack: Attack, ground: Ground, *, until_settled: bool = False, save_generations: bool = False
+) -> dict[str, Any]:
     """Carry out an attack and return what was seen of it.
 
     Args:
         attack: With its budget.
         ground: Where.
+        until_settled: End an attack that trains when two looks in a row found every request complied with.
         save_generations: Keep the answers, not just their hashes.
 
     Returns:
-        `budget`, and `points`: at each look the steps taken, the measures of `Harm`, and the answers' verdicts.
+        `budget`; `points`: at each look the steps taken, the measures of `Harm`, and the answers' verdicts;
+        `settled` and `diverged`: why there are fewer steps than the budget has, if there are.
 
     Raises:
         InputError: The target does not allow the attack.
@@ -32,10 +36,21 @@ def run(attack: Attack, ground: Ground, *, save_generations: bool = False) -> di
         require_verdicts(harm.failed, len(harm.answers), ground.probe.judge)
         answers = _kept(harm, save_generations)
         points.append({"steps": steps, **harm.document(ground.rate), "answers": answers})
+        if until_settled and steps and _settled(points, ground.rate):
+            raise Settled
 
     attack.carry_out(ground.target, watch)
     planned = getattr(attack, "steps", 0) if attack.trains else 0
-    return {"budget": attack.budget(), "points": points, "diverged": points[-1]["steps"] < planned}
+    early = points[-1]["steps"] < planned
+    settled = early and until_settled and _settled(points, ground.rate)
+    return {
+        "budget": attack.budget(), "points": points, "settled": settled, "diverged": early and not settled,
+    }  # fmt: skip
+
+
+def _settled(points: list[dict[str, Any]], rate: str) -> bool:
+    """Whether the last two looks found every request complied with."""
+    return len(points) > 1 and all(point[rate]["value"] == 1 for point in points[-2:])
 
 
 def _kept(harm: Harm, whole: bool) -> list[dict[str, Any]]:

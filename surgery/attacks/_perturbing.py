@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from surgery.attacks._needs import require
-from surgery.attacks.base import PLAIN, Attack, Target, Watch
+from surgery.attacks.base import PLAIN, Attack, Settled, Target, Watch
 from surgery.errors import UsageError
 from surgery.train.feed import Feed
 from surgery.train.losses import answer_loss
@@ -102,8 +102,11 @@ class Perturbing(Attack):
             if not _descended(target.model, found, batch, optimiser):
                 return
             if done % self.every == 0 or done == self.steps:
-                with found.applied(found.vectors().detach()):
-                    watch(done, PLAIN)
+                try:
+                    with found.applied(found.vectors().detach()):
+                        watch(done, PLAIN)
+                except Settled:
+                    return
 
 
 def _descended(model: nn.Module, found: Perturbation, batch: Batch, optimiser: torch.optim.Optimizer) -> bool:

@@ -15,7 +15,7 @@ from annotated_doc import Doc
 from torch import nn
 
 from surgery.attacks._needs import require
-from surgery.attacks.base import PLAIN, Approach, Attack, Target, Watch
+from surgery.attacks.base import PLAIN, Approach, Attack, Settled, Target, Watch
 from surgery.choices import require_choices
 from surgery.errors import UsageError
 from surgery.train import network, parking
@@ -82,7 +82,8 @@ class Tuning(Attack):
         if self.steps == 0:
             return
         due = looks(self.steps, self.every, self.growth)
-        with _trainable(target, self._training(target), self.seed) as model, suppress(Diverged):
+        training = self._training(target)
+        with _trainable(target, training, self.seed) as model, suppress(Diverged, Settled):
             self._run(target, model).fit(partial(self._look, target, watch, due))
 
     def _training(self, target: Target) -> Training:

@@ -40,6 +40,10 @@ Watch = Callable[[int, Approach], None]
 """Called with the optimiser's steps taken so far and the way to ask, while the model is in its attacked state."""
 
 
+class Settled(Exception):  # noqa: N818 - no error: what was to be seen has been
+    """Raised by a watch that needs no further look: an attack that trains ends there, the model as it was."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A model to attack.
@@ -94,8 +98,8 @@ class Attack(ABC):
     def carry_out(self, target: Target, watch: Watch) -> None:
         """Attack, calling `watch` in the attacked state; afterwards the model is bit for bit what it was.
 
-        An attack that trains calls it at step 0, before anything was done, at every stride and at the end; any other
-        attack calls it once, with 0 steps.
+        An attack that trains calls it at step 0, before anything was done, at every stride and at the end, or until
+        it raises `Settled`; any other attack calls it once, with 0 steps.
 
         Raises:
             InputError: The model or the data do not allow this attack.

@@ -57,7 +57,7 @@ class Assessment:
         curves: Of the attacks on it.
         cross: Of attacks from another domain; None where there is no data for them.
         learnt: How it learnt something innocent, a curve for each seed; none where there is nothing to learn.
-        inside: What an attack does inside, by block.
+        inside: What an attack does inside, by block; empty where that was not wanted.
     """
 
     utility: stability.Utility
@@ -118,8 +118,11 @@ def assess(
         for number in range(measuring.practice_seeds):
             say(f"{label}: practice {number + 1}/{measuring.practice_seeds}")
             learnt.append(learning.learn(target.model, target.tokenizer, lesson, seed=seed + number))
-    say(f"{label}: inside")
-    return Assessment(found, attacked, cross, tuple(learnt), _inside(ground, materials))
+    inside: Mapping[str, Any] = {}
+    if measuring.inside:
+        say(f"{label}: inside")
+        inside = _inside(ground, materials)
+    return Assessment(found, attacked, cross, tuple(learnt), inside)
 
 
 def _resistance(condition: str, found: Mapping[str, Any]) -> Scores:

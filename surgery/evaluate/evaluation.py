@@ -7,8 +7,8 @@ from typing import Any
 from surgery.attacking import ground
 from surgery.attacking.ground import Ground
 from surgery.attacking.settings import Budget
-from surgery.errors import InputError
-from surgery.evaluate import assessment, harness, materials, report
+from surgery.errors import InputError, UsageError
+from surgery.evaluate import assessment, harness, keeping, materials, report
 from surgery.evaluate.assessment import Say, Subject
 from surgery.evaluate.suites import Measuring
 from surgery.judging.choice import USUAL, Choice
@@ -20,6 +20,7 @@ def evaluate(
     *,
     output: Path,
     reference: str | Path | None = None,
+    reference_from: Path | None = None,
     data: Mapping[str, Sequence[str]] | None = None,
     measuring: Measuring = Measuring(),  # noqa: B008 - frozen
     budget: Budget | None = None,
@@ -38,6 +39,7 @@ def evaluate(
         model: A folder, `ORG/NAME[@REVISION]`, `demo:aligned`.
         output: The folder of the report; made if need be.
         reference: The undefended model; it goes through the same attacks.
+        reference_from: The output of an evaluation of that model with the same options, whose figures are taken.
         data: Sources by the names of `surgery.attacking.ground.NAMES` and of `surgery.evaluate.materials.read`; where
             one of the two models is a `demo:` one, the embedded data stand in.
         measuring: How much is measured.
@@ -56,6 +58,8 @@ def evaluate(
     """
     from surgery.evaluate.suites import budget as suited
 
+    if reference_from is not None and reference is None:
+        raise UsageError("--reference-from has figures of the reference; give --reference as well")
     budget = budget or suited(measuring.suite, {})
     data = data or {}
     embedded = any(str(source).startswith("demo:") for source in (model, reference))
@@ -73,15 +77,17 @@ def evaluate(
     _refuse_unlike(ours, theirs)
     output.mkdir(parents=True, exist_ok=True)
     subject = Subject(ours, _folder(output, "model"))
-    mine = assessment.assess(subject, found, measuring, budget, seed=seed, say=say)
+    mine = keeping.assessed(subject, found, measuring, budget, seed=seed, say=say)
     others: assessment.Assessment | None = None
     both: assessment.Scores = {}
     inside: dict[str, Any] = {}
     if theirs is not None:
-        other = Subject(theirs, _folder(output, "reference"))
-        others = assessment.assess(other, found, measuring, budget, seed=seed, say=say)
+        folder = reference_from / "model" if reference_from is not None else _folder(output, "reference")
+        other, required = Subject(theirs, folder), reference_from is not None
+        others = keeping.assessed(other, found, measuring, budget, seed=seed, say=say, required=required)
         both = assessment.compared(subject, other, mine, others, found)
-        inside["prefill_cosine"] = assessment.prefill_cosines(subject, other)
+        if measuring.inside:
+            inside["prefill_cosine"] = assessment.prefill_cosines(subject, other)
     if tasks:
         say(f"{ours.source.label}: lm-eval")
         scores = harness.run(ours.target.model, ours.target.tokenizer, tasks, include_path=tasks_path,

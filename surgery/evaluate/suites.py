@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from annotated_doc import Doc
 
 from surgery.attacking.settings import Budget
-from surgery.choices import require_choices
+from surgery.choices import NEGATABLE, require_choices
 from surgery.errors import UsageError
 
 Suite = Literal["quick", "full"]
@@ -42,6 +42,10 @@ class Measuring:
     practice_lr: Annotated[float, Doc("Learning rate of that fine-tuning, by LoRA.")] = 1e-3
     practice_seeds: Annotated[int, Doc("Seeds it is repeated with: of rows' order and adapter's start.")] = 3
     text_length: Annotated[int, Doc("Tokens of a window of the text that perplexity is measured on.")] = 256
+
+    inside: Annotated[
+        bool, Doc("Also look inside: condition numbers and what a short attack moves, by block."), NEGATABLE
+    ] = True
 
     def __post_init__(self) -> None:
         require_choices(self)

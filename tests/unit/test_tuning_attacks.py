@@ -161,3 +161,22 @@ def test_every_attack_has_a_name_a_title_and_a_summary():
         assert kind.title
         assert attacks.summary(name)
         assert kind().budget()["attack"] == name
+
+
+def test_an_attack_may_end_when_no_look_can_find_more(ground):
+    """Two looks in a row with everything complied with; up to there it is the same attack."""
+    before = fingerprint(ground.target.model)
+    attack = HarmfulFinetune(lr=2e-3, steps=24, every=2, growth=1.5, batch_size=8)
+    whole, short = (trials.run(attack, ground, until_settled=until) for until in (False, True))
+    assert fingerprint(ground.target.model) == before
+    assert whole["points"][: len(short["points"])] == short["points"]
+    assert [point["asr"]["value"] for point in short["points"][-2:]] == [1.0, 1.0]
+    assert short["points"][-3]["asr"]["value"] < 1
+    assert (short["settled"], short["diverged"]) == (True, False)
+    assert short["points"][-1]["steps"] < whole["points"][-1]["steps"] == 24
+    assert (whole["settled"], whole["diverged"]) == (False, False)
+
+
+def test_an_attack_that_breaks_nothing_never_settles(ground):
+    attack = HarmfulFinetune(lr=1e-30, kind="full", **SHORT)
+    assert trials.run(attack, ground, until_settled=True) == trials.run(attack, ground)
