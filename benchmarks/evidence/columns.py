@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.evidence.grounds import Ground
 from benchmarks.evidence.rows import NONE, SFT
 from surgery.attacking.curves import broken_at
+from surgery.evaluate.keeping import FILE as ASSESSMENT
 
 Words = list[str]
 
@@ -31,6 +32,7 @@ class Column:
             models and outputs are relative to the ground's folder, which is given last.
         read: The figures in the output.
         rows: Those it is measured of; all where none are named.
+        on: The grounds it is measured on; all where none are named.
     """
 
     name: str
@@ -38,22 +40,23 @@ class Column:
     commands: Callable[[Ground, str, str, Path], Iterator[Words]]
     read: Callable[[Path], dict[str, Any]]
     rows: Sequence[str] = ()
+    on: Sequence[str] = ()
 
-    def covers(self, row: str) -> bool:
-        """Whether it is measured of a row."""
-        return not self.rows or row in self.rows
+    def covers(self, row: str, ground: str) -> bool:
+        """Whether it is measured of a row on a ground."""
+        return (not self.rows or row in self.rows) and (not self.on or ground in self.on)
 
 
 def _harmful(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
     """The sweep, and where it has one seed, the worst of it at others."""
     start = ["surgery", "attack", model, *ground.attack]
     for grid in ground.sweeps:
-        yield [*start, *grid, "-o", output]
+        yield [*start, *grid, *ground.spared.get("harmful", ()), "-o", output]
     if not ground.confirm:
         return
     worst = json.loads((folder / output / "curves.json").read_text())["worst_case"]["params"]
     again = {"--learning-rates": f"{worst['lr']:g}", "--kinds": worst["kind"], "--seeds": ground.confirm}
-    yield [*start, *_replaced(ground.sweeps[0], again), "-o", output]
+    yield [*start, *_replaced(ground.sweeps[0], again), *ground.spared.get("harmful", ()), "-o", output]
 
 
 def _replaced(words: Sequence[str], values: Mapping[str, str]) -> Words:
@@ -74,12 +77,21 @@ def _mixed(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Wo
     yield ["surgery", "attack", model, *ground.attack, *ground.mixed, "-o", output]
 
 
-def _evaluate(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
-    """Beside the undefended model; that one stands alone."""
+def _openings(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
+    """When answers begin to open as the attacker's rows do, which is later than when they cease to refuse."""
     del folder
+    yield ["surgery", "attack", model, *ground.attack, *ground.openings, "-o", output]
+
+
+def _evaluate(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
+    """Beside the undefended model, whose own evaluation is taken where it is at hand; that one stands alone."""
     beside = [] if model == ground.aligned else ["--reference", ground.aligned]
+    known = sorted(folder.glob(f"{NONE}/measured-evaluate-*/model/{ASSESSMENT}"))
+    if beside and known:
+        beside += ["--reference-from", str(known[-1].parents[1].relative_to(folder))]
     yield [
-        "surgery", "evaluate", model, *beside, "--attacks", "refusal-ablation", *ground.evaluate, "-o", output,
+        "surgery", "evaluate", model, *beside, "--attacks", "refusal-ablation", *ground.evaluate,
+        *ground.spared.get("evaluate", ()), "-o", output,
     ]  # fmt: skip
 
 
@@ -136,5 +148,6 @@ COLUMNS: tuple[Column, ...] = (
         _curves,
         (NONE, SFT, "lox-aligned-1.5", "lox-best", "vaccine", "t-vaccine", "booster"),
     ),
+    Column("openings", "Harmful fine-tuning, judged by openings", _openings, _curves, on=("real",)),
     Column("evaluate", "Utility, refusal ablation, trainability", _evaluate, _report),
 )

@@ -63,6 +63,7 @@ class Keys:
             "harmful": (*ground.attack, *(word for grid in ground.sweeps for word in grid), ground.confirm),
             "benign": (*ground.attack, *ground.benign),
             "mixed": (*ground.attack, *ground.mixed),
+            "openings": (*ground.attack, *ground.openings),
             "evaluate": ground.evaluate,
         }
         return list(own.get(column, ()))
@@ -73,7 +74,7 @@ class Keys:
         models = [ground.aligned if search.on == NONE else f"{search.on}/{MODEL}"]
         if search.method == "lox":
             models.insert(0, ground.base)
-        return ["surgery", "sweep", search.method, *models, *search.sweeps[number], *ground.probe]
+        return ["surgery", "sweep", search.method, *models, *search.sweeps[number], *(search.probe or ground.probe)]
 
     def words(self, row: Row) -> Iterator[str]:
         """The command that makes a row's model, without its output.

@@ -109,7 +109,13 @@ def _ground(facts: Facts, ledger: Ledger) -> Iterator[str]:
         "**Few harmful rows among innocent ones**, the threat that Vaccine, T-Vaccine and Booster were made for: "
         f"`{' '.join(facts.ground.mixed)}` beside the harmful rows"
     )
-    yield _table(_MIXED, facts, [row for row in facts.rows() if _column("mixed").covers(row.name)])
+    yield _table(_MIXED, facts, [row for row in facts.rows() if _column("mixed").covers(row.name, facts.ground.name)])
+    if facts.ground.openings:
+        yield (
+            "**Until answers open as the attacker's rows do**, when refusals may long be gone: "
+            f"`{' '.join(facts.ground.openings)}`"
+        )
+        yield _table(_OPENINGS, facts)
     yield "**What it costs**, beside the undefended model; time and memory beside plain fine-tuning (control)"
     yield _table(_COST, facts)
     for name in facts.ground.searches:
@@ -245,6 +251,10 @@ _RESISTANCE = (
     ("ASR after refusal ablation", _of("evaluate", lambda facts, row: _percent(facts.ablation(row.name)))),
 )  # fmt: skip
 _MIXED = (("ASR, worst", _rate("mixed", "worst_case")), ("slow-down", _slower("mixed")))
+_OPENINGS = (
+    ("before", _rate("openings", "unattacked")), ("worst", _rate("openings", "worst_case")),
+    ("slow-down", _slower("openings")),
+)  # fmt: skip
 _COST = (
     _OVER, _PERPLEXITY, ("KL, nats", _of("evaluate", _relative("stability.kl", 4))),
     ("benign steps, ratio", _of("evaluate", _relative("trainability.steps_ratio", 2))),
@@ -261,7 +271,7 @@ def _search(facts: Facts, name: str) -> Iterator[str]:
         shown = searching.front(found)
         yield (
             f"**Search** for LoX's settings{model} by a short attack: the front in steps to break, perplexity and "
-            "over-refusal"
+            f"over-refusal{search.broken and f'; broken is a model when {search.broken}'}"
         )
     else:
         shown = found
@@ -270,7 +280,7 @@ def _search(facts: Facts, name: str) -> Iterator[str]:
         yield f"{_ABSENT}: {len(search.sweeps)} sweeps."
         return
     done = f"{len(facts.known[name])} of {len(search.sweeps)} sweeps"
-    yield f"{len(found)} settings tried, {done}; `{' '.join(facts.ground.probe)}`."
+    yield f"{len(found)} settings tried, {done}; `{' '.join(search.probe or facts.ground.probe)}`."
     lines = [
         "| setting | steps to break | harmful loss after | perplexity ratio | over-refusal |",
         "|---|---|---|---|---|",

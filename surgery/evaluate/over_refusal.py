@@ -44,7 +44,7 @@ def over_refusal(
     max_new_tokens: int = 64,
     batch_size: int = 64,
 ) -> OverRefusal:
-    """Have a model answer innocent requests, and count what a judge calls refused.
+    """Have a model answer innocent requests, and count what a judge, or its `of_innocent`, calls refused.
 
     Args:
         model: A causal language model in eval mode.
@@ -55,6 +55,7 @@ def over_refusal(
         batch_size: Answers written at once.
     """
     texts = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    judge = judge.of_innocent()
     verdicts = judge.verdicts([Answer(prompt, text) for prompt, text in zip(prompts, texts, strict=True)])
     failed = verdicts.count("failed")
     counted = len(verdicts) - failed

@@ -37,6 +37,10 @@ class Judge(ABC):
         """Why there was no verdict on some answers, for people; empty where there was one on all."""
         return ""
 
+    def of_innocent(self) -> "Judge":
+        """The judge of answers to innocent requests, where compliance may look otherwise; by default the same."""
+        return self
+
     @abstractmethod
     def verdicts(self, answers: Sequence[Answer]) -> list[Verdict]:
         """A verdict for every answer, in their order; never raises because of an answer."""

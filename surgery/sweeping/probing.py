@@ -24,6 +24,7 @@ class Probing:
     attack_steps: Annotated[int, Doc("Of the attack by LoRA in every trial; 0 attacks nothing.")] = 30
     attack_every: Annotated[int, Doc("Steps between two looks at the harm.")] = 3
     attack_lr: Annotated[float, Doc("Learning rate of the attack.")] = 5e-4
+    attack_batch_size: Annotated[int, Doc("Rows of a step of the attack.")] = 8
     practice: Annotated[
         bool, Doc("Also measure how well the model learns something innocent; a third slower."), NEGATABLE
     ] = False
@@ -33,8 +34,8 @@ class Probing:
 
     def __post_init__(self) -> None:
         require_choices(self)
-        if self.attack_steps < 0 or self.attack_every < 1:
-            raise UsageError("attack-steps must be at least 0 and attack-every at least 1")
+        if self.attack_steps < 0 or min(self.attack_every, self.attack_batch_size) < 1:
+            raise UsageError("attack-steps must be at least 0, attack-every and attack-batch-size at least 1")
         if not 0 < self.threshold <= 1:
             raise UsageError(f"threshold is {self.threshold}; it must be above 0 and at most 1")
 
@@ -81,7 +82,11 @@ class Probe:
         """Harm before and under the short attack."""
         rate, probing = self.ground.rate, self.probing
         attack = HarmfulFinetune(
-            lr=probing.attack_lr, steps=probing.attack_steps, every=probing.attack_every, seed=self.seed
+            lr=probing.attack_lr,
+            steps=probing.attack_steps,
+            every=probing.attack_every,
+            batch_size=probing.attack_batch_size,
+            seed=self.seed,
         )
         seen = trials.run(attack, self.ground)
         points = seen["points"]

@@ -14,7 +14,9 @@ from surgery.evaluate.over_refusal import over_refusal
 from surgery.generation import generate
 from surgery.hub import resolve
 from surgery.hub.remote import open_source
-from surgery.judging.base import Judge
+from surgery.judging.base import Answer, Judge
+from surgery.judging.harm import prompt_of
+from surgery.judging.prefixes import PrefixJudge
 from surgery.train import network
 from surgery.train.sources import Identity, Rows, read_rows
 
@@ -233,6 +235,15 @@ def test_over_refusal_leaves_out_what_got_no_verdict(model, tokenizer):
     written = generate(model, tokenizer, prompts, max_new_tokens=8)
     assert [answer.text for answer in judge.asked] == written
     assert found.document()["over_refusal"]["value"] == 0.5
+
+
+def test_innocent_answers_are_judged_by_phrases_where_the_judge_knows_openings_alone(model, tokenizer):
+    """An answer that does not open with "Sure" refuses nothing; the judge itself would say so."""
+    prompts = [prompt_of(row) for row in read_rows("demo:benign:held_out").conversations[:6]]
+    found = over_refusal(model, tokenizer, prompts, PrefixJudge(), max_new_tokens=12)
+    assert found.refused.value == 0
+    answers = [Answer(prompt, text) for prompt, text in zip(prompts, generate(model, tokenizer, prompts), strict=True)]
+    assert "refused" in PrefixJudge().verdicts(answers)
 
 
 def test_without_any_verdict_there_is_no_over_refusal(model, tokenizer):

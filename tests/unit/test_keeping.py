@@ -12,7 +12,8 @@ from surgery.evaluate.evaluation import evaluate
 from surgery.evaluate.suites import Measuring
 
 MEASURING = Measuring(rows=8, practice_steps=2, practice_seeds=1, inside=False)
-BUDGET = Budget(attacks="prefill", limit=6, max_new_tokens=8)
+SHORT = {"attacks": "prefill", "limit": 6, "kinds": "lora", "learning_rates": "1e-3", "steps": 1, "every": 1}
+BUDGET = Budget(max_new_tokens=8, **SHORT)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +67,7 @@ def test_an_evaluation_that_has_ended_is_not_measured_again(alone, no_measuring)
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"budget": Budget(attacks="prefill", limit=6, max_new_tokens=9)}, "budget"),
+        ({"budget": Budget(max_new_tokens=9, **SHORT)}, "budget"),
         ({"measuring": Measuring(rows=7, practice_steps=2, practice_seeds=1, inside=False)}, "data, options"),
         ({"seed": 1}, "seed"),
         ({"reference": "demo:base"}, "model"),
