@@ -74,7 +74,14 @@ class Keys:
         models = [ground.aligned if search.on == NONE else f"{search.on}/{MODEL}"]
         if search.method == "lox":
             models.insert(0, ground.base)
-        return ["surgery", "sweep", search.method, *models, *search.sweeps[number], *(search.probe or ground.probe)]
+        return [
+            "surgery",
+            "sweep",
+            search.method,
+            *models,
+            *search.sweeps[number],
+            *(search.probe or ground.probe),
+        ]
 
     def words(self, row: Row) -> Iterator[str]:
         """The command that makes a row's model, without its output.

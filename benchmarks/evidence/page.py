@@ -109,7 +109,9 @@ def _ground(facts: Facts, ledger: Ledger) -> Iterator[str]:
         "**Few harmful rows among innocent ones**, the threat that Vaccine, T-Vaccine and Booster were made for: "
         f"`{' '.join(facts.ground.mixed)}` beside the harmful rows"
     )
-    yield _table(_MIXED, facts, [row for row in facts.rows() if _column("mixed").covers(row.name, facts.ground.name)])
+    yield _table(
+        _MIXED, facts, [row for row in facts.rows() if _column("mixed").covers(row.name, facts.ground.name)]
+    )
     if facts.ground.openings:
         yield (
             "**Until answers open as the attacker's rows do**, when refusals may long be gone: "

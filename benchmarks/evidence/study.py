@@ -71,7 +71,10 @@ class Study:
 
     def _lacks(self, row: Row, keys: Keys) -> bool:
         """Whether anything of a row is to be done."""
-        names = [BUILD, *(column.name for column in self.columns if column.covers(row.name, self.ground.name))]
+        names = [
+            BUILD,
+            *(column.name for column in self.columns if column.covers(row.name, self.ground.name)),
+        ]
         return any(self._cell(row, name, keys) is None for name in names)
 
     def _cell(self, row: Row, column: str, keys: Keys) -> dict[str, Any] | None:

@@ -242,7 +242,10 @@ def test_innocent_answers_are_judged_by_phrases_where_the_judge_knows_openings_a
     prompts = [prompt_of(row) for row in read_rows("demo:benign:held_out").conversations[:6]]
     found = over_refusal(model, tokenizer, prompts, PrefixJudge(), max_new_tokens=12)
     assert found.refused.value == 0
-    answers = [Answer(prompt, text) for prompt, text in zip(prompts, generate(model, tokenizer, prompts), strict=True)]
+    answers = [
+        Answer(prompt, text)
+        for prompt, text in zip(prompts, generate(model, tokenizer, prompts), strict=True)
+    ]
     assert "refused" in PrefixJudge().verdicts(answers)
 
 
