@@ -97,6 +97,34 @@ def beyond_the_control(facts: Facts) -> str | None:
     )
 
 
+def openings(facts: Facts) -> str | None:
+    """A check of what the judge has to do with it: when answers open as the attacker's rows do."""
+    found = [
+        (row, facts.slowdown(row.name, column="openings"), facts.slowdown(row.name))
+        for row in facts.rows() if row.name != NONE
+    ]  # fmt: skip
+    known = [
+        (row, opens, refuses) for row, opens, refuses in found if opens is not None and refuses is not None
+    ]
+    if not known:
+        return None
+    told = [
+        f"{row.title} {_brief(opens)} by openings, {_brief(refuses)} by refusals"
+        for row, opens, refuses in known
+    ]
+    alone = [row.title for row, opens, refuses in known if opens.low > 1 >= refuses.low]
+    return (
+        "The sweep's judge calls every answer compliant that does not refuse, while the attacker's rows teach an "
+        f"opening. Slow-down until half of the answers have that opening, beside that of the sweep: "
+        f"{'; '.join(told)}. "
+        f"Broken later than without a defence by openings alone: {_list(alone)}."
+    )
+
+
+def _brief(found: Slowdown) -> str:
+    return f"{found.value:.2f} (n 1)" if found.n == 1 else _spelled(found)
+
+
 def few_harmful_rows(facts: Facts) -> str | None:
     """A check of the likeliest reason why defences against a few harmful rows do nothing against many."""
     names = ("vaccine", "t-vaccine", "booster")
@@ -284,6 +312,6 @@ def strength(facts: Facts) -> str | None:
 
 
 CLAIMS: tuple[Claim, ...] = (
-    ceiling, slowest, beyond_the_control, directions, few_harmful_rows, anchors, over_refusal, aim,
+    ceiling, slowest, beyond_the_control, directions, openings, few_harmful_rows, anchors, over_refusal, aim,
     benign, ablation, places, depth, strength,
 )  # fmt: skip

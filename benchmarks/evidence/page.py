@@ -211,9 +211,7 @@ def slow(found: Slowdown) -> str:
 
 
 def _loss(facts: Facts, row: Row) -> str:
-    found = facts.figures(row.name, "harmful")
-    assert found is not None
-    return _number(found["worst_case"]["harmful_loss"], 4)
+    return _number(facts.loss_there(row.name), 4)
 
 
 def _cost(figure: str) -> Cell:

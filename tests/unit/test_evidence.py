@@ -1,6 +1,7 @@
 """The evidence study: what its ledger keeps, what its page says, and that a change of either is noticed."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -16,6 +17,8 @@ from benchmarks.evidence.running import CommandFailedError, run
 from surgery.methods.vaccine import Vaccine
 
 LOX = "lox-aligned-1.5"
+# Columns with a table of their own.
+OPTIONAL = ("mixed", "openings")
 
 
 def share(value, n=48):
@@ -64,12 +67,12 @@ def done(figures, **more):
     return {**told, "figures": figures, **more}
 
 
-def put(ledger, row, column, cell):
+def put(ledger, row, column, cell, ground=DEMO):
     """Keep a cell under the key that it has now."""
-    keys = Keys(DEMO, ledger, "demo")
-    searched = row in DEMO.searches
+    keys = Keys(ground, ledger, ledger.ground(ground.name)["about"].get("identity", ""))
+    searched = row in ground.searches
     key = keys.search(row, int(column.split("-")[1])) if searched else keys.row(named(row), column)
-    ledger.put("demo", row, column, {**cell, "key": key})
+    ledger.put(ground.name, row, column, {**cell, "key": key})
 
 
 @pytest.fixture
@@ -172,8 +175,11 @@ def test_every_row_and_every_ground_is_on_the_page(ledger):
     for ground in GROUNDS.values():
         assert f"## {ground.title}" in text
     for row in ROWS:
-        tables = 3 if columns.COLUMNS[2].covers(row.name, "demo") else 2
-        assert text.count(f"| {row.title} |") == tables * len(GROUNDS)
+        covered = [
+            sum(column.covers(row.name, ground) for column in columns.COLUMNS if column.name in OPTIONAL)
+            for ground in GROUNDS
+        ]
+        assert text.count(f"| {row.title} |") == 2 * len(GROUNDS) + sum(covered)
 
 
 def test_a_page_that_is_not_the_ledgers_is_noticed(ledger, tmp_path, monkeypatch, capsys):
@@ -217,6 +223,47 @@ def test_a_reason_is_held_against_its_check(ledger):
     put(ledger, "vaccine", "harmful", done(harmful([trial(4)])))
     told = claims.few_harmful_rows(Facts(ledger, "demo"))
     assert "Vaccine 4.00 (4.00 to 4.00, n 1) among innocent rows, 1.00 (1.00 to 1.00, n 1) alone" in told
+
+
+def test_what_openings_say_is_held_against_what_refusals_say(ledger):
+    assert claims.openings(Facts(ledger, "real")) is None
+    for row, refusals, opens in ((NONE, 4, 4), (LOX, 4, 8), ("lox-base-1.5", 4, 4)):
+        put(ledger, row, "harmful", done(harmful([trial(refusals)])), REAL)
+        put(ledger, row, "openings", done(harmful([trial(opens)])), REAL)
+    told = claims.openings(Facts(ledger, "real"))
+    assert "LoX, rank 6, alpha 1.5, aligned anchor 2.00 (n 1) by openings, 1.00 (n 1) by refusals" in told
+    assert told.endswith(
+        "later than without a defence by openings alone: LoX, rank 6, alpha 1.5, aligned anchor."
+    )
+    assert claims.openings(Facts(ledger, "demo")) is None
+
+
+def test_what_spares_time_is_in_the_command_and_in_no_key(ledger, tmp_path):
+    keys = Keys(REAL, ledger, "x")
+    bare = dataclasses.replace(REAL, spared={})
+    for column in columns.COLUMNS:
+        assert keys.row(named(LOX), column.name) == Keys(bare, ledger, "x").row(named(LOX), column.name)
+    [command] = columns.COLUMNS[-1].commands(REAL, "m", "m/out", tmp_path)
+    assert "--no-inside" in command
+    assert "--reference-from" not in command
+    kept = tmp_path / NONE / "measured-evaluate-k" / "model" / columns.ASSESSMENT
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    [command] = columns.COLUMNS[-1].commands(REAL, "m", "m/out", tmp_path)
+    assert command[command.index("--reference-from") + 1] == f"{NONE}/measured-evaluate-k"
+    [command] = columns.COLUMNS[-1].commands(REAL, REAL.aligned, "m/out", tmp_path)
+    assert "--reference-from" not in command
+
+
+def test_the_loss_of_a_trial_that_ran_on_is_read_where_it_would_have_settled(ledger):
+    """Of two looks in a row with all complied with, the later one is the last that counts."""
+    points = [[0, 0.0, 2.0, 0.0], [2, 1.0, 0.5, 0.0], [4, 1.0, 0.4, 0.0], [8, 1.0, 0.1, 0.0]]
+    whole = {**trial(2), "points": points}
+    assert facts.settled(points) == points[:3]
+    assert facts.settled(points[:2]) == points[:2]
+    put(ledger, NONE, "harmful", done(harmful([whole])), REAL)
+    assert Facts(ledger, "real").loss_there(NONE)["value"] == 0.4
+    assert Facts(ledger, "demo").loss_there(NONE) == mean(0.01)
 
 
 def test_claims_turn_with_the_figures(ledger):
