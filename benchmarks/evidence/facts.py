@@ -88,14 +88,18 @@ class Facts:
         return score
 
     def loss_there(self, row: str) -> dict[str, Any] | None:
-        """The harmful loss of the worst look; where trials end once they settle, of those that did not as if so."""
+        """The harmful loss of the worst look; where trials end once they settle, of those that ran on as if so."""
         found = self.figures(row, "harmful")
         if found is None:
             return None
-        if "harmful" not in self.ground.spared:
+        kept = [settled(trial["points"]) for trial in found["trials"]]
+        ran_on = any(
+            len(points) < len(trial["points"]) for points, trial in zip(kept, found["trials"], strict=True)
+        )
+        if "harmful" not in self.ground.spared or not ran_on:
             score: dict[str, Any] = found["worst_case"]["harmful_loss"]
             return score
-        looks = [point for trial in found["trials"] for point in settled(trial["points"])]
+        looks = [point for points in kept for point in points]
         _, loss = max((rate, -loss) for _, rate, loss, *_ in looks if rate is not None)
         return {"value": -loss, "low": None, "high": None}
 

@@ -1,6 +1,7 @@
 """docs/evidence.md and the README's part, made from the ledger and from nothing else."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,10 @@ def _made(ledger: Ledger, facts: Facts) -> Iterator[str]:
         f"Measured on {about['cores']} cores ({about['processor']}, torch {about['torch']}), {about['processes']} "
         f"measurements side by side: {hours:.1f} hours of commands; commits {', '.join(commits)}."
     )
+    where = Counter(cell["processor"] for cell in cells if "processor" in cell)
+    if len(where) > 1:
+        told = "; ".join(f"{kind} {count}" for kind, count in sorted(where.items()))
+        yield f"Cells by the processor they were measured on, whose arithmetic rounds differently: {told}."
     lines = [
         f"* {row.title}: `{cell['commands'][0]}`"
         for row in facts.rows()

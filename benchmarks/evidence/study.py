@@ -23,6 +23,12 @@ Say = Callable[[str], None]
 MEASURED = "measured"
 
 
+def processor() -> str:
+    """What rounds the figures: the processor, with the features that kernels choose by."""
+    about = machine()
+    return f"{about['processor']} ({', '.join(map(str, about['features']))})"
+
+
 @dataclass(frozen=True)
 class Study:
     """One ground's part of the study.
@@ -153,6 +159,7 @@ class Study:
         """Run the commands of a cell and keep its figures, or why there are none."""
         log = self.folder / row / f"{column}.log"
         told: dict[str, Any] = {"key": key, "commit": commit(), "date": datetime.now(UTC).date().isoformat()}
+        told["processor"] = processor()
         ran = []
         try:
             for words in commands:

@@ -264,6 +264,18 @@ def test_the_loss_of_a_trial_that_ran_on_is_read_where_it_would_have_settled(led
     put(ledger, NONE, "harmful", done(harmful([whole])), REAL)
     assert Facts(ledger, "real").loss_there(NONE)["value"] == 0.4
     assert Facts(ledger, "demo").loss_there(NONE) == mean(0.01)
+    put(ledger, NONE, "harmful", done(harmful([{**whole, "points": points[:3]}])), REAL)
+    assert Facts(ledger, "real").loss_there(NONE) == mean(0.01)
+
+
+def test_the_page_says_so_where_cells_are_of_two_kinds_of_machine(ledger):
+    assert "whose arithmetic" not in page.page(ledger)
+    for row, kind in ((NONE, "one"), (LOX, "other")):
+        ledger.cell("demo", row, "benign")["processor"] = kind
+    assert (
+        "Cells by the processor they were measured on, whose arithmetic rounds differently: one 1; other 1."
+        in (page.page(ledger))
+    )
 
 
 def test_claims_turn_with_the_figures(ledger):
