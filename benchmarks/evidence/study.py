@@ -110,8 +110,11 @@ class Study:
             self._keep(row.name, BUILD, {"state": "done", "key": key, "commands": [], "figures": {}})
         else:
             self.say(f"{self.ground.name}: {row.name}: build")
-            output = f"{row.name}/{MODEL}"
+            output, before = f"{row.name}/{MODEL}", self._cell(row, BUILD, keys)
             self._carry_out(row.name, BUILD, key, iter([[*keys.words(row), "-o", output]]), dict, None)
+            if before is not None and self._cell(row, BUILD, keys) is not None:
+                # Only the folder was gone: what the model costs was measured, maybe on a quieter machine.
+                self._keep(row.name, BUILD, before)
         mark.write_text(key)
 
     def _measurements(self, row: Row, keys: Keys) -> list[Callable[[], None]]:

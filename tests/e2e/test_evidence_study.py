@@ -121,3 +121,15 @@ def test_a_command_that_fails_is_kept_as_failed_and_tried_again(undisturbed, tmp
     assert any("limit" in text for text in said)
     study(tmp_path).run()
     assert figures(tmp_path) == figures(undisturbed)
+
+
+def test_a_model_that_is_made_again_keeps_what_it_cost_at_first(undisturbed, tmp_path):
+    ledger = Ledger(tmp_path / "evidence.json")
+    ledger.document.update(Ledger(undisturbed / "evidence.json").document)
+    first = dict(ledger.cell("demo", "lox-aligned-1.5", BUILD))
+    ledger.ground("demo")["rows"]["lox-aligned-1.5"].pop("harmful")
+    again = Study(SMALL, ledger, tmp_path / "work", 2, lambda text: None, HARMFUL)
+    again.run(["lox-aligned-1.5"])
+    assert (tmp_path / "work" / "lox-aligned-1.5" / "model" / "surgery.json").is_file()
+    assert ledger.cell("demo", "lox-aligned-1.5", BUILD) == first
+    assert figures(tmp_path) == figures(undisturbed)
