@@ -77,14 +77,18 @@ def evaluate(
     _refuse_unlike(ours, theirs)
     output.mkdir(parents=True, exist_ok=True)
     subject = Subject(ours, _folder(output, "model"))
-    mine = keeping.assessed(subject, found, measuring, budget, seed=seed, say=say)
     others: assessment.Assessment | None = None
+    if theirs is not None and reference_from is not None:
+        # First: what cannot be taken is to be known before hours are spent on the model.
+        other = Subject(theirs, reference_from / "model")
+        others = keeping.assessed(other, found, measuring, budget, seed=seed, say=say, required=True)
+    mine = keeping.assessed(subject, found, measuring, budget, seed=seed, say=say)
     both: assessment.Scores = {}
     inside: dict[str, Any] = {}
     if theirs is not None:
-        folder = reference_from / "model" if reference_from is not None else _folder(output, "reference")
-        other, required = Subject(theirs, folder), reference_from is not None
-        others = keeping.assessed(other, found, measuring, budget, seed=seed, say=say, required=required)
+        if others is None:
+            other = Subject(theirs, _folder(output, "reference"))
+            others = keeping.assessed(other, found, measuring, budget, seed=seed, say=say)
         both = assessment.compared(subject, other, mine, others, found)
         if measuring.inside:
             inside["prefill_cosine"] = assessment.prefill_cosines(subject, other)

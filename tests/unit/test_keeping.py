@@ -73,14 +73,9 @@ def test_an_evaluation_that_has_ended_is_not_measured_again(alone, no_measuring)
         ({"reference": "demo:base"}, "model"),
     ],
 )
-def test_figures_of_something_else_are_refused_by_name(alone, tmp_path, monkeypatch, changed, named):
-    assess = keeping.assess
-
-    def only_the_model(subject, *args, **given):
-        assert subject.folder.parent == tmp_path
-        return assess(subject, *args, **given)
-
-    monkeypatch.setattr(keeping, "assess", only_the_model)
+def test_figures_of_something_else_are_refused_by_name_before_anything_is_measured(
+    alone, tmp_path, no_measuring, changed, named
+):
     before = (alone[0] / "model" / keeping.FILE).read_bytes()
     given = {"reference": "demo:aligned", "reference_from": alone[0], **changed}
     with pytest.raises(InputError, match=named):
@@ -88,7 +83,7 @@ def test_figures_of_something_else_are_refused_by_name(alone, tmp_path, monkeypa
     assert (alone[0] / "model" / keeping.FILE).read_bytes() == before
 
 
-def test_an_output_with_nothing_finished_is_refused(tmp_path):
+def test_an_output_with_nothing_finished_is_refused(tmp_path, no_measuring):
     with pytest.raises(InputError, match="nothing finished"):
         measured(
             "demo:aligned", tmp_path / "one", reference="demo:aligned", reference_from=tmp_path / "other"
