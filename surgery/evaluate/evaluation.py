@@ -1,6 +1,7 @@
 """From sources to a report: the whole of `surgery evaluate`."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,28 +77,37 @@ def evaluate(
     theirs = placed(reference) if reference is not None else None
     _refuse_unlike(ours, theirs)
     output.mkdir(parents=True, exist_ok=True)
-    subject = Subject(ours, _folder(output, "model"))
+    assessed = partial(
+        keeping.assessed, materials=found, measuring=measuring, budget=budget, seed=seed, say=say
+    )
     others: assessment.Assessment | None = None
-    if theirs is not None and reference_from is not None:
+    if theirs is not None:
         # First: what cannot be taken is to be known before hours are spent on the model.
-        other = Subject(theirs, reference_from / "model")
-        others = keeping.assessed(other, found, measuring, budget, seed=seed, say=say, required=True)
-    mine = keeping.assessed(subject, found, measuring, budget, seed=seed, say=say)
+        folder = reference_from / "model" if reference_from else _folder(output, "reference")
+        other = Subject(theirs, folder)
+        others = assessed(other, required=reference_from is not None)
+    subject = Subject(ours, _folder(output, "model"))
+    mine = assessed(subject)
     both: assessment.Scores = {}
     inside: dict[str, Any] = {}
-    if theirs is not None:
-        if others is None:
-            other = Subject(theirs, _folder(output, "reference"))
-            others = keeping.assessed(other, found, measuring, budget, seed=seed, say=say)
+    if others is not None:
         both = assessment.compared(subject, other, mine, others, found)
         if measuring.inside:
             inside["prefill_cosine"] = assessment.prefill_cosines(subject, other)
-    if tasks:
-        say(f"{ours.source.label}: lm-eval")
-        scores = harness.run(ours.target.model, ours.target.tokenizer, tasks, include_path=tasks_path,
-                             limit=measuring.limit())  # fmt: skip
-        both |= {f"stability.lm_eval.{name}": score for name, score in scores.items()}
+    both |= _answered(ours, tasks, tasks_path, measuring, say)
     return report.build(ours, theirs, mine, others, both, found, measuring, budget, inside)
+
+
+def _answered(
+    ground: Ground, tasks: Sequence[str], folder: Path | None, measuring: Measuring, say: Say
+) -> assessment.Scores:
+    """The scores of lm-eval's tasks; none where none are named."""
+    if not tasks:
+        return {}
+    say(f"{ground.source.label}: lm-eval")
+    target = ground.target
+    scores = harness.run(target.model, target.tokenizer, tasks, include_path=folder, limit=measuring.limit())
+    return {f"stability.lm_eval.{name}": score for name, score in scores.items()}
 
 
 def _folder(output: Path, name: str) -> Path:
