@@ -33,7 +33,7 @@ class Search:
     """Sweeps of one method's settings by a short attack.
 
     Attributes:
-        sweeps: The options of each.
+        sweeps: The options of each; of LoX, where the first word is none, it is the base in place of the ground's.
         method: Which.
         on: The row whose model they start from; `none` is the aligned one.
         probe: What is the same for every one of them, where that is not the ground's.
@@ -70,6 +70,7 @@ class Ground:
         probe: What is the same for every one of them.
         waves: Rows and searches in the order in which they are built and measured, those of a wave together.
         data: Sources by the names of the trained methods' data sets.
+        bases: Commands, without their output, that make the bases which searches name.
         spared: By column, options that spare what none of its figures rests on, and so are part of no key.
     """
 
@@ -90,6 +91,7 @@ class Ground:
     waves: Sequence[Sequence[str]]
     data: Mapping[str, str] = field(default_factory=dict)
     openings: Words = ()
+    bases: Mapping[str, Words] = field(default_factory=dict)
     spared: Mapping[str, Words] = field(default_factory=dict)
 
 
@@ -165,6 +167,13 @@ _REAL_UTILITY = (
     "--text", "data/text.txt", "--utility-data", "data/utility.jsonl",
     "--look-alikes-data", "data/look-alikes.jsonl",
 )  # fmt: skip
+
+
+def _base(kind: str, *options: str) -> Words:
+    return ("python", "-m", "benchmarks.evidence.bases", kind, "base", "aligned", *options)
+
+
+_INNOCENT = ("--innocent-data", "data/retain.jsonl")
 _STEP = ("--batch-size", "8", "--max-length", "64")
 _ADAPTER = ("--lora-rank", "8", "--lora-alpha", "16", "--lora-dropout", "0")
 _ONE_SWEEP = ("--seeds", "0", "--steps", "50", "--batch-size", "2", "--every", "2", "--growth", "2")
@@ -217,6 +226,12 @@ REAL = Ground(
     data={
         "aligned": "data/aligned.jsonl", "harmful": "data/harmful.jsonl", "retain": "data/retain.jsonl",
     },
+    bases={
+        "base-cleaned-50": _base("cleaned", "--share", "0.5", *_INNOCENT),
+        "base-cleaned-90": _base("cleaned", "--share", "0.9", *_INNOCENT),
+        "base-falling": _base("tapered", "--weights", "2:0"),
+        "base-rising": _base("tapered", "--weights", "0:2"),
+    },
     searches={
         SEARCH: Search((
             ("--rank", "6", "--alpha", "0"),
@@ -237,6 +252,10 @@ REAL = Ground(
             ("--rank", "6", "--alpha", "2", "--set", "depth=0:0.5,0.5:1"),
             ("--rank", "24", "--alpha", "2", "--set", "exclude=embed"),
             ("--rank", "auto", "--alpha", "1.5", "--set", "exclude=embed"),
+            ("base-cleaned-50", "--rank", "6", "--alpha", "2,4,8"),
+            ("base-cleaned-90", "--rank", "6", "--alpha", "8,16"),
+            ("base-falling", "--rank", "6", "--alpha", "1.5", "--set", "exclude=embed"),
+            ("base-rising", "--rank", "6", "--alpha", "1.5", "--set", "exclude=embed"),
         ), probe=(
             *_REAL_DATA, *_REAL_LIMITS, *_REAL_UTILITY, "--judge", "prefixes", "--attack-lr", "3e-4",
             "--attack-steps", "18", "--attack-every", "3", "--attack-batch-size", "2",

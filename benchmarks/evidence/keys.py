@@ -54,7 +54,18 @@ class Keys:
         """What a sweep of a search depends on."""
         search = self.ground.searches[name]
         under = [] if search.on == NONE else [self.row(named(search.on), BUILD)]
+        base = self.search_base(name, number)
+        under += [self.base(base)] if base else []
         return digest_of(self.identity, self.search_words(name, number), *under, *_defaults(search.method))
+
+    def search_base(self, name: str, number: int) -> str:
+        """The base that a sweep names in place of the ground's; empty where it names none."""
+        first = self.ground.searches[name].sweeps[number][0]
+        return "" if first.startswith("--") else first
+
+    def base(self, name: str) -> str:
+        """What a base made for searches depends on."""
+        return digest_of(self.identity, self.ground.bases[name])
 
     def _settings(self, column: str) -> list[str]:
         """The options that a column's figures depend on."""
@@ -71,17 +82,11 @@ class Keys:
     def search_words(self, name: str, number: int) -> list[str]:
         """A sweep of a search, without its output."""
         ground, search = self.ground, self.ground.searches[name]
-        models = [ground.aligned if search.on == NONE else f"{search.on}/{MODEL}"]
-        if search.method == "lox":
-            models.insert(0, ground.base)
-        return [
-            "surgery",
-            "sweep",
-            search.method,
-            *models,
-            *search.sweeps[number],
-            *(search.probe or ground.probe),
-        ]
+        model = ground.aligned if search.on == NONE else f"{search.on}/{MODEL}"
+        base = self.search_base(name, number)
+        options = search.sweeps[number][1:] if base else search.sweeps[number]
+        models = [base or ground.base, model] if search.method == "lox" else [model]
+        return ["surgery", "sweep", search.method, *models, *options, *(search.probe or ground.probe)]
 
     def words(self, row: Row) -> Iterator[str]:
         """The command that makes a row's model, without its output.

@@ -23,13 +23,14 @@ class NothingChosenError(Exception):
     """The search has not been run, or none of its trials keeps to the bounds."""
 
 
-def read(output: Path) -> dict[str, Any]:
-    """The trials of a sweep with what is kept of their scores."""
+def read(output: Path, base: str = "") -> dict[str, Any]:
+    """The trials of a sweep with what is kept of their scores, and the base where it is not the ground's."""
     found = json.loads((output / "sweep.json").read_text())
+    under = {"base": base} if base else {}
     return {
         "judge": found["judge"],
         "trials": [
-            {"params": trial["params"], "scores": {name: trial["scores"].get(name) for name in _KEPT}}
+            {"params": trial["params"] | under, "scores": {name: trial["scores"].get(name) for name in _KEPT}}
             for trial in found["trials"]
             if not trial.get("error")
         ],

@@ -143,8 +143,23 @@ class Study:
             sweeps = [(cell, number) for cell, number in keys.sweeps(name).items() if cell not in done]
             if sweeps and on != NONE:
                 self._built(named(on), keys)
+            for base in sorted({keys.search_base(name, number) for _, number in sweeps} - {""}):
+                self._based(base, keys)
             lacking += [partial(self._search, name, cell, number, keys) for cell, number in sweeps]
         self._together(lacking)
+
+    def _based(self, name: str, keys: Keys) -> None:
+        """Make a base that sweeps name, unless it is there as wanted; where it fails, the sweep does too."""
+        output, mark = self.folder / name, self.folder / f"{name}-{keys.base(name)}"
+        if mark.exists():
+            return
+        shutil.rmtree(output, ignore_errors=True)
+        self.say(f"{self.ground.name}: {name}")
+        try:
+            run([*self.ground.bases[name], "-o", name], self.folder, output.with_suffix(".log"))
+            mark.touch()
+        except CommandFailedError as error:
+            self.say(f"{self.ground.name}: {name}: {error}")
 
     def _search(self, name: str, cell: str, number: int, keys: Keys) -> None:
         """One sweep; its trials are kept in a folder of its key."""
@@ -152,7 +167,7 @@ class Study:
         (self.folder / name).mkdir(exist_ok=True)
         output = f"{name}/{key}"
         self.say(f"{self.ground.name}: {name}: {' '.join(words[3:9])} ...")
-        read = partial(searching.read, self.folder / output)
+        read = partial(searching.read, self.folder / output, keys.search_base(name, number))
         self._carry_out(name, cell, key, iter([[*words, "-o", output]]), read, 1)
 
     def _carry_out(

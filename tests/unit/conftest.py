@@ -1,4 +1,4 @@
-"""A Hub on loopback for the real client in this process."""
+"""A Hub on loopback for the real client in this process, and arithmetic by one thread."""
 
 import threading
 import time
@@ -6,6 +6,16 @@ from collections import defaultdict
 
 import hub_server
 import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small matrices are faster so, and sums come out the same beside any other load."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

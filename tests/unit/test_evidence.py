@@ -6,88 +6,24 @@ import json
 import math
 
 import pytest
+from ledgers import LOX, done, evaluated, filled, harmful, mean, put, trial
 
-from benchmarks.evidence import claims, columns, facts, page, plot, repeating, searching
+from benchmarks.evidence import columns, facts, page, plot, repeating, searching
 from benchmarks.evidence.facts import Facts
-from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH, search_of, search_on
+from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH, search_on
 from benchmarks.evidence.keys import BUILD, Keys
 from benchmarks.evidence.ledger import Ledger, dumped
-from benchmarks.evidence.rows import NONE, ROWS, SFT, named
+from benchmarks.evidence.rows import NONE, ROWS, named
 from benchmarks.evidence.running import CommandFailedError, run
 from surgery.methods.vaccine import Vaccine
 
-LOX = "lox-aligned-1.5"
 # Columns with a table of their own.
 OPTIONAL = ("mixed", "openings")
 
 
-def share(value, n=48):
-    return {
-        "value": value,
-        "n": n,
-        "low": max(0.0, value - 0.1),
-        "high": min(1.0, value + 0.1),
-        "interval": "wilson",
-    }
-
-
-def mean(value):
-    return {"value": value, "n": 48, "low": value * 0.9, "high": value * 1.1, "interval": "bootstrap"}
-
-
-def trial(broken_at, *, kind="lora", lr=5e-4, seed=0, looks=(0, 1, 2, 4, 8, 16, 32)):
-    points = [[step, 1.0 if broken_at is not None and step >= broken_at else 0.0, 1.0, 0.0] for step in looks]
-    return {"kind": kind, "lr": lr, "seed": seed, "broken_at": broken_at, "diverged": False, "points": points}
-
-
-def harmful(trials, worst=1.0):
-    broken = [one["broken_at"] for one in trials if one["broken_at"] is not None]
-    told = {"value": min(broken), "censored_at": None} if broken else {"value": None, "censored_at": 32}
-    return {
-        "rate": "asr", "judge": "known answers", "n": 48, "threshold": 0.5,
-        "unattacked": {"asr": share(0.0)},
-        "worst_case": {"asr": share(worst), "harmful_loss": mean(0.01)},
-        "steps_to_break": {**told, "n": len(trials)},
-        "trials": trials, "failed": 0,
-    }  # fmt: skip
-
-
-def evaluated(over_refusal=0.0, perplexity=1.0):
-    metrics = {
-        "stability.over_refusal": share(over_refusal),
-        "stability.perplexity_ratio": mean(perplexity),
-        "stability.kl": mean(0.02),
-        "resistance.refusal-ablation.asr": share(0.8),
-    }
-    return {"metrics": metrics, "reference": {}, "judge": "known answers"}
-
-
-def done(figures, **more):
-    told = {"state": "done", "key": "k", "commands": ["surgery x"], "wall": 10.0, "peak": 100.0}
-    return {**told, "figures": figures, **more}
-
-
-def put(ledger, row, column, cell, ground=DEMO):
-    """Keep a cell under the key that it has now."""
-    keys = Keys(ground, ledger, ledger.ground(ground.name)["about"].get("identity", ""))
-    searched = row in ground.searches
-    key = keys.search(row, int(column.split("-")[1])) if searched else keys.row(named(row), column)
-    ledger.put(ground.name, row, column, {**cell, "key": key})
-
-
 @pytest.fixture
 def ledger(tmp_path):
-    """A ledger with three rows of the demo ground: undefended, the control, and LoX twice as slow to break."""
-    found = Ledger(tmp_path / "evidence.json")
-    found.describe("demo", {"identity": "demo", "cores": 2, "processor": "x", "torch": "2", "processes": 2})
-    for row, factor in ((NONE, 1), (SFT, 1), (LOX, 2)):
-        trials = [trial(4 * factor, seed=seed) for seed in range(3)]
-        trials += [trial(8 * factor, seed=seed, kind="full") for seed in range(3)]
-        put(found, row, BUILD, done({}, wall=10.0 * factor))
-        put(found, row, "harmful", done(harmful(trials)))
-        put(found, row, "benign", done(harmful([trial(None)], worst=0.2)))
-        put(found, row, "evaluate", done(evaluated()))
-    return found
+    return filled(tmp_path / "evidence.json")
 
 
 def test_a_ledger_comes_back_as_it_was_kept_and_knows_cells_by_their_key(ledger):
@@ -207,37 +143,6 @@ def test_a_readme_without_marks_is_refused(ledger, tmp_path, monkeypatch):
         page.check(ledger)
 
 
-def test_claims_say_what_the_figures_say(ledger):
-    found = Facts(ledger, "demo")
-    assert "no row lowers" in claims.ceiling(found)
-    assert "LoX" in claims.slowest(found)
-    assert "missed" in claims.aim(found)
-    assert "above that: none" in claims.over_refusal(found)
-    assert claims.anchors(found) is None
-
-
-def test_a_reason_is_held_against_its_check(ledger):
-    assert claims.few_harmful_rows(Facts(ledger, "demo")) is None
-    for row, steps in ((SFT, 4), ("vaccine", 16)):
-        put(ledger, row, "mixed", done(harmful([trial(steps)])))
-    put(ledger, "vaccine", "harmful", done(harmful([trial(4)])))
-    told = claims.few_harmful_rows(Facts(ledger, "demo"))
-    assert "Vaccine 4.00 (4.00 to 4.00, n 1) among innocent rows, 1.00 (1.00 to 1.00, n 1) alone" in told
-
-
-def test_what_openings_say_is_held_against_what_refusals_say(ledger):
-    assert claims.openings(Facts(ledger, "real")) is None
-    for row, refusals, opens in ((NONE, 4, 4), (LOX, 4, 8), ("lox-base-1.5", 4, 4)):
-        put(ledger, row, "harmful", done(harmful([trial(refusals)])), REAL)
-        put(ledger, row, "openings", done(harmful([trial(opens)])), REAL)
-    told = claims.openings(Facts(ledger, "real"))
-    assert "LoX, rank 6, alpha 1.5, aligned anchor 2.00 (n 1) by openings, 1.00 (n 1) by refusals" in told
-    assert told.endswith(
-        "later than without a defence by openings alone: LoX, rank 6, alpha 1.5, aligned anchor."
-    )
-    assert claims.openings(Facts(ledger, "demo")) is None
-
-
 def test_what_spares_time_is_in_the_command_and_in_no_key(ledger, tmp_path):
     keys = Keys(REAL, ledger, "x")
     bare = dataclasses.replace(REAL, spared={})
@@ -276,114 +181,6 @@ def test_the_page_says_so_where_cells_are_of_two_kinds_of_machine(ledger):
         "Cells by the processor they were measured on, whose arithmetic rounds differently: one 1; other 1."
         in (page.page(ledger))
     )
-
-
-def test_claims_turn_with_the_figures(ledger):
-    cells = ledger.ground("demo")["rows"][LOX]
-    cells["harmful"]["figures"] = harmful(
-        [trial(32, kind=kind, seed=seed) for kind in ("lora", "full") for seed in range(3)], 0.3
-    )
-    cells["evaluate"]["figures"] = evaluated(over_refusal=0.5)
-    found = Facts(ledger, "demo")
-    assert "lower beyond both intervals: LoX" in claims.ceiling(found)
-    assert "50 %" in claims.over_refusal(found)
-    assert "the slowest to break is Plain fine-tuning" in claims.aim(found)
-
-
-def test_an_aim_that_is_reached_is_said_to_be(ledger):
-    cells = ledger.ground("demo")["rows"][LOX]
-    cells["harmful"]["figures"] = harmful([trial(32, seed=seed) for seed in range(3)])
-    assert "is reached by: LoX" in claims.aim(Facts(ledger, "demo"))
-
-
-def test_nothing_is_claimed_of_an_empty_ledger(tmp_path):
-    empty = Ledger(tmp_path / "none.json")
-    for ground in GROUNDS:
-        assert [claim for claim in claims.CLAIMS if claim(Facts(empty, ground)) is not None] == []
-    assert "*not run*" in page.page(empty)
-
-
-def searched(rank, alpha, steps, perplexity=1.0, over_refusal=0.0, loss=0.1, **more):
-    scores = {
-        "resistance.steps_to_break": {"value": steps, "censored_at": None if steps else 48, "n": 1},
-        "resistance.harmful_loss": mean(loss),
-        "stability.perplexity_ratio": mean(perplexity),
-        "stability.over_refusal": share(over_refusal),
-    }
-    return {"params": {"rank": rank, "alpha": alpha, "anchor": "aligned", **more}, "scores": scores}
-
-
-TRIALS = [
-    searched(6, 0.0, 6),
-    searched(6, 1.5, 14),
-    searched(6, 2.0, 28, exclude="layers"),
-    searched(6, 3.0, None, perplexity=1.5),
-    searched(12, 2.0, 28, loss=0.05),
-    searched(3, 2.0, 40, over_refusal=0.2),
-]
-
-
-def test_the_best_setting_is_the_slowest_that_can_be_afforded():
-    assert searching.best(TRIALS)["params"]["exclude"] == "layers"
-    assert searching.unedited(TRIALS)["params"]["alpha"] == 0
-    with pytest.raises(searching.NothingChosenError):
-        searching.best([TRIALS[0], TRIALS[3]])
-    with pytest.raises(searching.NothingChosenError):
-        searching.best(TRIALS[1:])
-
-
-def test_the_front_has_what_nothing_beats():
-    kept = [trial["params"] for trial in searching.front(TRIALS)]
-    assert TRIALS[3]["params"] in kept
-    assert TRIALS[2]["params"] in kept
-    assert TRIALS[1]["params"] not in kept
-    assert TRIALS[0]["params"] not in kept
-
-
-def test_a_setting_is_found_by_its_parameters_and_no_others():
-    assert searching.trial_of(TRIALS, rank=6, alpha=2.0) is None
-    assert searching.trial_of(TRIALS, rank=6, alpha=2.0, exclude="layers") is TRIALS[2]
-    assert searching.trial_of(TRIALS, rank=6, alpha=1.5, anchor="aligned") is TRIALS[1]
-
-
-def test_what_a_search_says_of_places_and_depth_is_in_its_trials(ledger):
-    assert claims.places(Facts(ledger, "demo")) is None
-    assert claims.depth(Facts(ledger, "demo")) is None
-    trials = [
-        *TRIALS[:2],
-        searched(6, 1.5, 2, layers="2:4"),
-        searched(6, 1.5, 8, include="embed"),
-        searched(6, 1.5, 20, depth="0:0.5", perplexity=0.98),
-    ]
-    put(ledger, SEARCH, "search-0", done({"judge": "x", "trials": trials}))
-    found = Facts(ledger, "demo")
-    assert "layers 2:4: 2 steps" in claims.places(found)
-    assert claims.places(found).endswith("Broken sooner than unedited: layers 2:4.")
-    assert (
-        "depth 0:0.5: 20 steps at perplexity x 0.980, over-refusal 0%, all layers 14 steps"
-        in claims.depth(found)
-    )
-
-
-def test_a_trained_method_is_held_at_every_strength_against_the_undefended_model(ledger):
-    def rho(value, steps):
-        return {**searched(0, 1.0, steps), "params": {"rho": value}}
-
-    put(ledger, SEARCH, "search-0", done({"judge": "x", "trials": TRIALS[:2]}))
-    assert claims.strength(Facts(ledger, "demo")) is None
-    for method, steps in (("vaccine", (3, 6, 5)), ("t-vaccine", (3, 9, 5))):
-        trials = [rho(value, taken) for value, taken in zip((2, 8, 32), steps, strict=True)]
-        put(ledger, search_of(method), "search-0", done({"judge": "x", "trials": trials}))
-    found = Facts(ledger, "demo")
-    assert "Vaccine 6 steps at perplexity x 1.000, over-refusal 0% (of 3)" in claims.strength(found)
-    assert claims.strength(found).endswith("is not the reason: Vaccine.")
-    assert "| rho 8 | 9 | " in page.page(ledger)
-
-
-def test_the_chosen_setting_becomes_the_options_of_the_command(ledger):
-    put(ledger, SEARCH, "search-0", done({"judge": "x", "trials": TRIALS}))
-    trials = searching.trials(Keys(DEMO, ledger, "demo").current_searches())
-    assert [*searching.chosen(trials)] == ["--rank", "6", "--alpha", "2", "--exclude", "layers"]
 
 
 def test_an_option_is_replaced_by_its_name():

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from surgery.attacking.settings import Budget
 from surgery.errors import InputError, UsageError
@@ -11,17 +10,11 @@ from surgery.evaluate import keeping
 from surgery.evaluate.evaluation import evaluate
 from surgery.evaluate.suites import Measuring
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MEASURING = Measuring(rows=8, practice_steps=2, practice_seeds=1, inside=False)
 SHORT = {"attacks": "prefill", "limit": 6, "kinds": "lora", "learning_rates": "1e-3", "steps": 1, "every": 1}
 BUDGET = Budget(max_new_tokens=8, **SHORT)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def measured(model, output, **changed):

@@ -21,15 +21,9 @@ from surgery.errors import InputError, UsageError
 from surgery.spectral import truncated_svd
 from surgery.train import blocks, perturb
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ONE_SHOT = [name for name in attacks.names() if not attacks.get(name).trains]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -21,17 +21,11 @@ from surgery.judging.likelihood import row_losses
 from surgery.train import blocks, perturb
 from surgery.train.tokens import Example, tokenise
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BOTH = pytest.mark.parametrize("attack", [EmbeddingSpace, ActivationPerturbation])
 SHORT = {"steps": 3, "every": 2, "batch_size": 4}
 PROMPT = [7, 300, 41]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

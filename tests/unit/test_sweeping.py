@@ -25,16 +25,10 @@ from surgery.sweeping.study import Measured, run
 from surgery.testing import tiny_pair
 from surgery.train import network
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RANK_3 = LoX(rank=3)
 TRIAL = {"rank": 2, "alpha": 1.5, "anchor": "aligned"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def alphas(text):

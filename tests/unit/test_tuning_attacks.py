@@ -3,7 +3,6 @@
 import hashlib
 
 import pytest
-import torch
 
 from surgery import attacks
 from surgery.attacking import curves, trials
@@ -19,16 +18,10 @@ from surgery.attacks.no_attack import NoAttack
 from surgery.attacks.unforeseen_finetune import UnforeseenFinetune
 from surgery.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BUDGET = Budget(limit=16, max_new_tokens=24)
 SHORT = {"steps": 2, "every": 1, "batch_size": 4}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

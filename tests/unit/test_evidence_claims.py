@@ -1,0 +1,71 @@
+"""What the page of the evidence study says of its figures turns with them."""
+
+import pytest
+from ledgers import LOX, done, evaluated, filled, harmful, put, trial
+
+from benchmarks.evidence import claims, page
+from benchmarks.evidence.facts import Facts
+from benchmarks.evidence.grounds import GROUNDS, REAL
+from benchmarks.evidence.ledger import Ledger
+from benchmarks.evidence.rows import NONE, SFT
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return filled(tmp_path / "evidence.json")
+
+
+def test_claims_say_what_the_figures_say(ledger):
+    found = Facts(ledger, "demo")
+    assert "no row lowers" in claims.ceiling(found)
+    assert "LoX" in claims.slowest(found)
+    assert "missed" in claims.aim(found)
+    assert "above that: none" in claims.over_refusal(found)
+    assert claims.anchors(found) is None
+
+
+def test_a_reason_is_held_against_its_check(ledger):
+    assert claims.few_harmful_rows(Facts(ledger, "demo")) is None
+    for row, steps in ((SFT, 4), ("vaccine", 16)):
+        put(ledger, row, "mixed", done(harmful([trial(steps)])))
+    put(ledger, "vaccine", "harmful", done(harmful([trial(4)])))
+    told = claims.few_harmful_rows(Facts(ledger, "demo"))
+    assert "Vaccine 4.00 (4.00 to 4.00, n 1) among innocent rows, 1.00 (1.00 to 1.00, n 1) alone" in told
+
+
+def test_what_openings_say_is_held_against_what_refusals_say(ledger):
+    assert claims.openings(Facts(ledger, "real")) is None
+    for row, refusals, opens in ((NONE, 4, 4), (LOX, 4, 8), ("lox-base-1.5", 4, 4)):
+        put(ledger, row, "harmful", done(harmful([trial(refusals)])), REAL)
+        put(ledger, row, "openings", done(harmful([trial(opens)])), REAL)
+    told = claims.openings(Facts(ledger, "real"))
+    assert "LoX, rank 6, alpha 1.5, aligned anchor 2.00 (n 1) by openings, 1.00 (n 1) by refusals" in told
+    assert told.endswith(
+        "later than without a defence by openings alone: LoX, rank 6, alpha 1.5, aligned anchor."
+    )
+    assert claims.openings(Facts(ledger, "demo")) is None
+
+
+def test_claims_turn_with_the_figures(ledger):
+    cells = ledger.ground("demo")["rows"][LOX]
+    cells["harmful"]["figures"] = harmful(
+        [trial(32, kind=kind, seed=seed) for kind in ("lora", "full") for seed in range(3)], 0.3
+    )
+    cells["evaluate"]["figures"] = evaluated(over_refusal=0.5)
+    found = Facts(ledger, "demo")
+    assert "lower beyond both intervals: LoX" in claims.ceiling(found)
+    assert "50 %" in claims.over_refusal(found)
+    assert "the slowest to break is Plain fine-tuning" in claims.aim(found)
+
+
+def test_an_aim_that_is_reached_is_said_to_be(ledger):
+    cells = ledger.ground("demo")["rows"][LOX]
+    cells["harmful"]["figures"] = harmful([trial(32, seed=seed) for seed in range(3)])
+    assert "is reached by: LoX" in claims.aim(Facts(ledger, "demo"))
+
+
+def test_nothing_is_claimed_of_an_empty_ledger(tmp_path):
+    empty = Ledger(tmp_path / "none.json")
+    for ground in GROUNDS:
+        assert [claim for claim in claims.CLAIMS if claim(Facts(empty, ground)) is not None] == []
+    assert "*not run*" in page.page(empty)
