@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks.evidence import searching
 from benchmarks.evidence.facts import Facts, Slowdown
-from benchmarks.evidence.grounds import GROUNDS
+from benchmarks.evidence.grounds import GROUNDS, SEARCH_OPENINGS
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import NONE, SFT, Row, named
 
@@ -290,6 +290,30 @@ def depth(facts: Facts) -> str | None:
     return f"LoX by depth, rank 6: {'; '.join(told)}." if told else None
 
 
+def other_deltas(facts: Facts) -> str | None:
+    """What LoX does where another delta takes the place of `aligned - base`, by the search that has such bases."""
+    found = facts.trials(SEARCH_OPENINGS) if SEARCH_OPENINGS in facts.ground.searches else []
+    others = [trial for trial in found if "base" in trial["params"]]
+    plain = [trial for trial in found if trial not in others]
+    if not others or not plain:
+        return None
+    try:
+        usual = searching.best(plain)
+    except searching.NothingChosenError:
+        return None
+    later = [
+        searching.setting(trial)
+        for trial in searching.affordable(found)
+        if "base" in trial["params"] and searching.steps(trial) > searching.steps(usual)
+    ]
+    told = "; ".join(f"{searching.setting(trial)}: {searching.told(trial)}" for trial in others)
+    return (
+        f"By the search by openings (unedited: {searching.told(searching.unedited(plain))}; the slowest of LoX as it "
+        f"is within the bounds: {searching.setting(usual)}, {searching.told(usual)}), a delta that leaves innocent "
+        f"inputs alone or has an alpha for each layer: {told}. Slower within the bounds: {_list(later)}."
+    )
+
+
 def strength(facts: Facts) -> str | None:
     """Whether a trained method does more at another strength: the latest break among the settings tried."""
     told, none = [], []
@@ -313,5 +337,5 @@ def strength(facts: Facts) -> str | None:
 
 CLAIMS: tuple[Claim, ...] = (
     ceiling, slowest, beyond_the_control, directions, openings, few_harmful_rows, anchors, over_refusal, aim,
-    benign, ablation, places, depth, strength,
+    benign, ablation, places, depth, other_deltas, strength,
 )  # fmt: skip

@@ -88,7 +88,7 @@ class Facts:
         return score
 
     def loss_there(self, row: str) -> dict[str, Any] | None:
-        """The harmful loss of the worst look; where trials end once they settle, of those that ran on as if so."""
+        """The harmful loss of the worst look; trials that ran on after they settled count as if they had ended."""
         found = self.figures(row, "harmful")
         if found is None:
             return None
@@ -96,7 +96,7 @@ class Facts:
         ran_on = any(
             len(points) < len(trial["points"]) for points, trial in zip(kept, found["trials"], strict=True)
         )
-        if "harmful" not in self.ground.spared or not ran_on:
+        if not ran_on:
             score: dict[str, Any] = found["worst_case"]["harmful_loss"]
             return score
         looks = [point for points in kept for point in points]

@@ -98,6 +98,9 @@ class Ground:
 _LOX_ROWS = ("lox-aligned-1.5", "lox-base-1.5", "lox-aligned-1.25", "lox-base-1.25")
 _COMBINED = ("vaccine+lox", "circuit-breakers+lox")
 
+# No figure rests on looks after the second at which everything is complied with, nor on what is inside.
+_SPARED: Mapping[str, Words] = {"harmful": ("--until-settled",), "evaluate": ("--no-inside",)}
+
 _DEMO_DATA = (
     "--harmful-data", "demo:harmful:attack", "--held-out-data", "demo:harmful:held_out",
     "--held-out-refusals", "demo:refusals:held_out", "--refusals-data", "demo:refusals:attack",
@@ -127,6 +130,7 @@ DEMO = Ground(
         "--steps", "100", "--every", "2", "--growth", "1.5",
     ),
     evaluate=(*_DEMO_DATA, "--limit", "48", "--rows", "64", "--every", "15", "--max-new-tokens", "24"),
+    spared=_SPARED,
     training={"tar": (), "mlac": ()},
     searches={
         SEARCH: Search((
@@ -207,7 +211,7 @@ REAL = Ground(
         "--judge", "prefixes", "--learning-rates", "3e-4", "--kinds", "lora", "--seeds", "0,1", "--steps", "30",
         "--batch-size", "2", "--every", "3", "--until-settled",
     ),
-    spared={"harmful": ("--until-settled",), "evaluate": ("--no-inside",)},
+    spared=_SPARED,
     training={
         "sft": ("--steps", "60", *_STEP, "--lr", "5e-4"),
         "vaccine": _USUAL,

@@ -290,11 +290,15 @@ def _search(facts: Facts, name: str) -> Iterator[str]:
         scores = trial["scores"]
         broken = scores["resistance.steps_to_break"]
         lines.append(
-            f"| {setting(trial)} | {broken['value'] or 'over ' + str(broken['censored_at'])} | "
+            f"| {searching.setting(trial)} | {broken['value'] or 'over ' + str(broken['censored_at'])} | "
             f"{_number(scores['resistance.harmful_loss'], 3)} | {_number(scores['stability.perplexity_ratio'], 3)} | "
             f"{_percent(scores['stability.over_refusal'])} |"
         )
     yield "\n".join(lines)
+    bases = {trial["params"]["base"] for trial in found if "base" in trial["params"]}
+    if bases:
+        yield "LoX sees a base only in `aligned - base`; bases made for it to see something else:"
+        yield "\n".join(f"* {base}: `{' '.join(facts.ground.bases[base])}`" for base in sorted(bases))
 
 
 def _made(ledger: Ledger, facts: Facts) -> Iterator[str]:
@@ -320,15 +324,3 @@ def _made(ledger: Ledger, facts: Facts) -> Iterator[str]:
     ]
     yield "What made each row:"
     yield "\n".join(lines)
-
-
-def setting(trial: searching.Trial) -> str:
-    """A trial's parameters in words."""
-    params = trial["params"]
-    if "rank" in params and params["alpha"] == 0:
-        return "unedited"
-    return ", ".join(
-        f"{name} {value}"
-        for name, value in params.items()
-        if value is not None and (name, value) != ("anchor", "aligned")
-    )

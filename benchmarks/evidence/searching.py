@@ -120,6 +120,18 @@ def trial_of(found: list[Trial], **wanted: Any) -> Trial | None:
     return None
 
 
+def setting(trial: Trial) -> str:
+    """A trial's parameters in words."""
+    params = trial["params"]
+    if "rank" in params and params["alpha"] == 0:
+        return "unedited"
+    return ", ".join(
+        f"{name} {value}"
+        for name, value in params.items()
+        if value is not None and (name, value) != ("anchor", "aligned")
+    )
+
+
 def told(trial: Trial) -> str:
     """A trial's outcome in few words."""
     scores = trial["scores"]

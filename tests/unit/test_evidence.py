@@ -168,7 +168,6 @@ def test_the_loss_of_a_trial_that_ran_on_is_read_where_it_would_have_settled(led
     assert facts.settled(points[:2]) == points[:2]
     put(ledger, NONE, "harmful", done(harmful([whole])), REAL)
     assert Facts(ledger, "real").loss_there(NONE)["value"] == 0.4
-    assert Facts(ledger, "demo").loss_there(NONE) == mean(0.01)
     put(ledger, NONE, "harmful", done(harmful([{**whole, "points": points[:3]}])), REAL)
     assert Facts(ledger, "real").loss_there(NONE) == mean(0.01)
 

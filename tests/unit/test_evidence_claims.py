@@ -1,11 +1,11 @@
 """What the page of the evidence study says of its figures turns with them."""
 
 import pytest
-from ledgers import LOX, done, evaluated, filled, harmful, put, trial
+from ledgers import LOX, done, evaluated, filled, harmful, put, searched, trial
 
 from benchmarks.evidence import claims, page
 from benchmarks.evidence.facts import Facts
-from benchmarks.evidence.grounds import GROUNDS, REAL
+from benchmarks.evidence.grounds import GROUNDS, REAL, SEARCH_OPENINGS
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import NONE, SFT
 
@@ -69,3 +69,19 @@ def test_nothing_is_claimed_of_an_empty_ledger(tmp_path):
     for ground in GROUNDS:
         assert [claim for claim in claims.CLAIMS if claim(Facts(empty, ground)) is not None] == []
     assert "*not run*" in page.page(empty)
+
+
+def test_other_deltas_are_held_against_the_slowest_of_lox_as_it_is(ledger):
+    assert claims.other_deltas(Facts(ledger, "real")) is None
+    plain = [searched(6, 0.0, 6), searched(6, 1.5, 12), searched(6, 3.0, 30, perplexity=1.5)]
+    others = [
+        searched(6, 4.0, 15, base="cleaned"),
+        searched(6, 8.0, 40, perplexity=1.1, base="cleaned"),
+        searched(6, 2.0, 12, base="falling"),
+    ]
+    put(ledger, SEARCH_OPENINGS, "search-0", done({"judge": "x", "trials": plain}), REAL)
+    assert claims.other_deltas(Facts(ledger, "real")) is None
+    put(ledger, SEARCH_OPENINGS, "search-1", done({"judge": "x", "trials": others}), REAL)
+    told = claims.other_deltas(Facts(ledger, "real"))
+    assert "as it is within the bounds: rank 6, alpha 1.5, 12 steps" in told
+    assert told.endswith("Slower within the bounds: rank 6, alpha 4.0, base cleaned.")
