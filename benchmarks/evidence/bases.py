@@ -14,23 +14,21 @@ its spread), as many as carry the given share of the energy.
 """
 
 import argparse
-import json
 import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.evidence import moments
 from benchmarks.real_pair import alignment
 
 _WEIGHTS = "model.safetensors"
-# Tokens of a row, and of all rows: twenty times the widest matrix of the models this is for would tell no more.
-_LONGEST, _ROWS = 64, 200
+# Innocent rows: ten thousand tokens, several times the widest matrix of the models this is for.
+_ROWS = 200
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 Tensors = dict[str, Tensor]
@@ -64,64 +62,24 @@ def _at(weights: Sequence[float], place: float) -> float:
     return weights[before] + (along - before) * (weights[after] - weights[before])
 
 
-def cleaned(base: Tensors, aligned: Tensors, moments: Mapping[str, Tensor], share: float) -> Tensors:
-    """Each linear layer's delta without what it does to inputs like those that the moments are of.
+def cleaned(base: Tensors, aligned: Tensors, inputs: Mapping[str, Tensor], share: float) -> Tensors:
+    """Each linear layer's delta without what it does to inputs like those given.
 
     Args:
         base: Tensors by name, any float dtype.
         aligned: Tensors of the same names and shapes.
-        moments: By a weight's name the sum of x x^T over its inputs x, (in, in).
+        inputs: By a weight's name the sum of x x^T over its inputs x, (in, in).
         share: Of the inputs' energy that Q carries, 0 to 1.
 
     Returns:
         The base's place taker, float32.
     """
     made = {name: tensor.float().clone() for name, tensor in aligned.items()}
-    for name, moment in moments.items():
+    for name, moment in inputs.items():
         delta = aligned[name].double() - base[name].double()
-        spared = leading(moment, share)
+        spared = moments.leading(moment, share)
         made[name] = (aligned[name].double() - (delta - (delta @ spared) @ spared.T)).float()
     return made
-
-
-def leading(moment: Tensor, share: float) -> Tensor:
-    """The fewest eigenvectors of a second moment that carry this share of its trace: (in, m), float64."""
-    values, vectors = torch.linalg.eigh(moment.double())
-    energy = values.flip(0).clamp_min(0).cumsum(0) / values.clamp_min(0).sum()
-    count = 0 if share <= 0 else int((energy < share).sum()) + 1
-    return vectors.flip(1)[:, :count]
-
-
-@torch.no_grad()
-def second_moments(model: Any, tokenizer: Any, rows: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    """The sum of x x^T over the inputs of every linear layer on rows, by the name of its weight: float32.
-
-    A head that is tied to the embedding is left out: its matrix is the embedding's.
-    """
-    found: dict[str, Tensor] = {}
-
-    def watch(name: str) -> Any:
-        def note(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            given = inputs[0].reshape(-1, module.in_features).float()
-            found[name] = found.get(name, 0) + given.T @ given
-
-        return note
-
-    head = model.get_output_embeddings()
-    parts = [
-        (f"{name}.weight", module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    ]
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in parts]
-    try:
-        for row in rows:
-            ids, _ = alignment.encode(tokenizer, row, _LONGEST)
-            model(input_ids=torch.tensor([ids]))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 def write(folder: Path, tensors: Tensors, like: Path) -> None:
@@ -133,11 +91,6 @@ def write(folder: Path, tensors: Tensors, like: Path) -> None:
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _WEIGHTS, {"format": "pt"}
     )
-
-
-def _read(path: Path) -> list[tuple[str, str]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [(row["prompt"], row["response"]) for row in rows][:_ROWS]
 
 
 def main() -> int:
@@ -161,8 +114,10 @@ def main() -> int:
     if asked.kind == "tapered":
         made = tapered(base, aligned, [float(weight) for weight in asked.weights.split(":")])
     else:
-        moments = second_moments(*alignment.read_model(asked.aligned), _read(asked.innocent_data))
-        made = cleaned(base, aligned, moments, asked.share)
+        found = moments.second_moments(
+            *alignment.read_model(asked.aligned), moments.rows_of(asked.innocent_data)[:_ROWS]
+        )
+        made = cleaned(base, aligned, found, asked.share)
     write(asked.output, made, asked.aligned)
     return 0
 

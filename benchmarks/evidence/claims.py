@@ -14,6 +14,9 @@ from benchmarks.evidence.rows import NONE, SFT, Row, named
 
 Claim = Callable[[Facts], str | None]
 
+ALIKE = 1.5
+"""An edit that acts on harmful inputs less than so many times as on innocent ones tells them hardly apart."""
+
 AIM = 3.0
 """The slow-down that was aimed at, at perplexity and over-refusal within the search's bounds."""
 
@@ -123,6 +126,26 @@ def openings(facts: Facts) -> str | None:
 
 def _brief(found: Slowdown) -> str:
     return f"{found.value:.2f} (n 1)" if found.n == 1 else _spelled(found)
+
+
+def reach(facts: Facts) -> str | None:
+    """Why LoX does what it does: whether its edit is for harmful inputs, or for all of them alike."""
+    found = [(row, facts.figures(row.name, "reach")) for row in facts.rows() if row.method == "lox"]
+    known = [(row, told) for row, told in found if told is not None]
+    if not known:
+        return None
+    told = "; ".join(
+        f"{row.title} {one['selectivity']['value']:.2f} times as much on harmful requests as on innocent ones, "
+        f"{100 * one['shared']['value']:.0f} % of it through {100 * one['directions']['value']:.1f} % of the "
+        "directions"
+        for row, one in known
+    )
+    alike = [row.title for row, one in known if one["selectivity"]["value"] < ALIKE]
+    return (
+        f"What the edit does to a matrix's output (medians over matrices): {told}. Less than {ALIKE:g} times as much "
+        "on harmful requests, so nearly one shift for every request, which costs perplexity as it delays: "
+        f"{_list(alike)}."
+    )
 
 
 def few_harmful_rows(facts: Facts) -> str | None:
@@ -336,6 +359,6 @@ def strength(facts: Facts) -> str | None:
 
 
 CLAIMS: tuple[Claim, ...] = (
-    ceiling, slowest, beyond_the_control, directions, openings, few_harmful_rows, anchors, over_refusal, aim,
+    ceiling, slowest, beyond_the_control, directions, openings, reach, few_harmful_rows, anchors, over_refusal, aim,
     benign, ablation, places, depth, other_deltas, strength,
 )  # fmt: skip

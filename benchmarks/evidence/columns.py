@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence import reach
 from benchmarks.evidence.grounds import Ground
 from benchmarks.evidence.rows import NONE, SFT
 from surgery.attacking.curves import broken_at
@@ -95,6 +96,17 @@ def _evaluate(ground: Ground, model: str, output: str, folder: Path) -> Iterator
     ]  # fmt: skip
 
 
+def _reach(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
+    """Why a row does what it does: how its edit acts on harmful inputs and on innocent ones."""
+    del folder
+    yield ["python", "-m", "benchmarks.evidence.reach", ground.aligned, model, *ground.reach, "-o", output]
+
+
+def _reached(output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / reach.FILE).read_text())
+    return found
+
+
 def _curves(output: Path) -> dict[str, Any]:
     """Of an attack: before it, its worst, steps to break, and every trial's [steps, rate, loss, incoherent]."""
     found = json.loads((output / "curves.json").read_text())
@@ -149,5 +161,13 @@ COLUMNS: tuple[Column, ...] = (
         (NONE, SFT, "lox-aligned-1.5", "lox-best", "vaccine", "t-vaccine", "booster"),
     ),
     Column("openings", "Harmful fine-tuning, judged by openings", _openings, _curves, on=("real",)),
+    Column(
+        "reach",
+        "What the edit does to harmful and innocent inputs",
+        _reach,
+        _reached,
+        (SFT, "lox-aligned-1.5", "lox-base-1.5", "lox-best", "vaccine", "circuit-breakers"),
+        on=("real",),
+    ),
     Column("evaluate", "Utility, refusal ablation, trainability", _evaluate, _report),
 )

@@ -64,6 +64,7 @@ class Ground:
         benign: The benign fine-tuning attack.
         mixed: Harmful fine-tuning with few harmful rows among innocent ones.
         openings: Harmful fine-tuning judged by how answers open; nothing where the attacker's rows are answers.
+        reach: Data on which an edit is held; nothing where that is not measured.
         evaluate: Data and limits of the evaluation beside the undefended model.
         training: Options of each trained method, by its name.
         searches: By the names that `search_on` and `search_of` give them.
@@ -91,6 +92,7 @@ class Ground:
     waves: Sequence[Sequence[str]]
     data: Mapping[str, str] = field(default_factory=dict)
     openings: Words = ()
+    reach: Words = ()
     bases: Mapping[str, Words] = field(default_factory=dict)
     spared: Mapping[str, Words] = field(default_factory=dict)
 
@@ -211,6 +213,7 @@ REAL = Ground(
         "--judge", "prefixes", "--learning-rates", "3e-4", "--kinds", "lora", "--seeds", "0,1", "--steps", "30",
         "--batch-size", "2", "--every", "3", "--until-settled",
     ),
+    reach=("--aligned-data", "data/aligned.jsonl", *_INNOCENT),
     spared=_SPARED,
     training={
         "sft": ("--steps", "60", *_STEP, "--lr", "5e-4"),

@@ -75,6 +75,7 @@ class Keys:
             "benign": (*ground.attack, *ground.benign),
             "mixed": (*ground.attack, *ground.mixed),
             "openings": (*ground.attack, *ground.openings),
+            "reach": ground.reach,
             "evaluate": ground.evaluate,
         }
         return list(own.get(column, ()))

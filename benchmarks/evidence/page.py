@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import claims, plot, searching
-from benchmarks.evidence.columns import COLUMNS, Column
+from benchmarks.evidence.columns import COLUMNS
 from benchmarks.evidence.facts import Facts, Slowdown
 from benchmarks.evidence.grounds import GROUNDS
 from benchmarks.evidence.keys import BUILD
@@ -110,15 +110,21 @@ def _ground(facts: Facts, ledger: Ledger) -> Iterator[str]:
         "**Few harmful rows among innocent ones**, the threat that Vaccine, T-Vaccine and Booster were made for: "
         f"`{' '.join(facts.ground.mixed)}` beside the harmful rows"
     )
-    yield _table(
-        _MIXED, facts, [row for row in facts.rows() if _column("mixed").covers(row.name, facts.ground.name)]
-    )
+    yield _table(_MIXED, facts, _covered("mixed", facts))
     if facts.ground.openings:
         yield (
             "**Until answers open as the attacker's rows do**, when refusals may long be gone: "
             f"`{' '.join(facts.ground.openings)}`"
         )
         yield _table(_OPENINGS, facts)
+    if facts.ground.reach:
+        yield (
+            "**What the edits do to inputs**, of each matrix of a linear layer `mean |E x|^2 / mean |W x|^2`: median "
+            "over matrices, with quartiles. *Selectivity*: on harmful requests, refused, in times of that on innocent "
+            "ones. *Shared*: the part, on innocent ones, that goes through the few directions carrying half of all "
+            "inputs' energy, which every request shares"
+        )
+        yield _table(_REACH, facts, _covered("reach", facts))
     yield "**What it costs**, beside the undefended model; time and memory beside plain fine-tuning (control)"
     yield _table(_COST, facts)
     for name in facts.ground.searches:
@@ -141,8 +147,10 @@ def _budget(facts: Facts) -> str:
 Cell = Callable[[Facts, Row], str]
 
 
-def _column(name: str) -> Column:
-    return next(column for column in COLUMNS if column.name == name)
+def _covered(name: str, facts: Facts) -> list[Row]:
+    """The rows that a column is measured of."""
+    column = next(column for column in COLUMNS if column.name == name)
+    return [row for row in facts.rows() if column.covers(row.name, facts.ground.name)]
 
 
 def _table(columns: Sequence[tuple[str, Cell]], facts: Facts, rows: Sequence[Row] = ()) -> str:
@@ -238,6 +246,16 @@ def _share(name: str) -> Cell:
     return _of("evaluate", lambda facts, row: _percent(facts.metric(row.name, name)))
 
 
+def _reached(name: str, digits: int) -> Cell:
+    """Of an edit's reach one figure with its quartiles."""
+
+    def spelled(facts: Facts, row: Row) -> str:
+        found = facts.figures(row.name, "reach")
+        return "" if found is None else _number(found[name], digits)
+
+    return _of("reach", spelled)
+
+
 _BEFORE = ("ASR before", _rate("harmful", "unattacked"))
 _WORST = ("ASR, worst of the sweep", _rate("harmful", "worst_case"))
 _BREAK = ("fewest steps to break", _of("harmful", _steps))
@@ -255,6 +273,10 @@ _MIXED = (("ASR, worst", _rate("mixed", "worst_case")), ("slow-down", _slower("m
 _OPENINGS = (
     ("before", _rate("openings", "unattacked")), ("worst", _rate("openings", "worst_case")),
     ("slow-down", _slower("openings")),
+)  # fmt: skip
+_REACH = (
+    ("change", _reached("change", 4)), ("selectivity", _reached("selectivity", 2)),
+    ("shared", _reached("shared", 2)), ("in share of directions", _reached("directions", 3)),
 )  # fmt: skip
 _COST = (
     _OVER, _PERPLEXITY, ("KL, nats", _of("evaluate", _relative("stability.kl", 4))),

@@ -18,7 +18,7 @@ from benchmarks.evidence.running import CommandFailedError, run
 from surgery.methods.vaccine import Vaccine
 
 # Columns with a table of their own.
-OPTIONAL = ("mixed", "openings")
+OPTIONAL = ("mixed", "openings", "reach")
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ import pytest
 import torch
 
 from benchmarks.evidence import bases
-from benchmarks.real_pair import alignment
-from surgery import demo
 
 NAMES = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(5)]
 HEAD = "lm_head.weight"
@@ -51,30 +49,3 @@ def test_a_cleaned_delta_does_nothing_to_the_inputs_it_spares_and_all_it_did_to_
     assert (before @ spanned.T).abs().max() > 1  # else the first line would say nothing
     for name in (*NAMES[1:], HEAD):
         torch.testing.assert_close(made[name], aligned[name].float())
-
-
-@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.5, 1), (0.8, 2), (0.81, 3), (1.0, 4)])
-def test_the_fewest_directions_that_carry_a_share_are_spared(share, count):
-    values = torch.tensor([5.0, 3.0, 1.5, 0.5], dtype=torch.float64)
-    turned = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(7)).double())[0]
-    found = bases.leading(turned @ values.diag() @ turned.T, share - 1e-12)
-    assert found.shape == (4, count)
-    torch.testing.assert_close((turned[:, :count].T @ found).abs(), torch.eye(count, dtype=torch.float64))
-
-
-def test_moments_are_those_of_what_a_layer_is_given():
-    model, tokenizer = alignment.read_model(demo.folder("aligned"))
-    rows = [("How do I boil an egg?", "In hot water."), ("What is a cat?", "An animal.")]
-    found = bases.second_moments(model, tokenizer, rows)
-    given = []
-    first = next(name for name in found if name.endswith("q_proj.weight"))
-    layer = model.get_submodule(first.removesuffix(".weight"))
-    with torch.no_grad():
-        handle = layer.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0][0]))
-        for row in rows:
-            model(input_ids=torch.tensor([alignment.encode(tokenizer, row, 64)[0]]))
-        handle.remove()
-    seen = torch.cat(given).double()
-    torch.testing.assert_close(found[first].double(), seen.T @ seen, rtol=1e-4, atol=1e-4)
-    assert not layer._forward_pre_hooks
-    assert "lm_head.weight" not in found

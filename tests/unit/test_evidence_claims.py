@@ -6,6 +6,7 @@ from ledgers import LOX, done, evaluated, filled, harmful, put, searched, trial
 from benchmarks.evidence import claims, page
 from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import GROUNDS, REAL, SEARCH_OPENINGS
+from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import NONE, SFT
 
@@ -85,3 +86,19 @@ def test_other_deltas_are_held_against_the_slowest_of_lox_as_it_is(ledger):
     told = claims.other_deltas(Facts(ledger, "real"))
     assert "as it is within the bounds: rank 6, alpha 1.5, 12 steps" in told
     assert told.endswith("Slower within the bounds: rank 6, alpha 4.0, base cleaned.")
+
+
+def test_an_edit_that_is_for_every_request_alike_is_said_to_be(ledger):
+    assert claims.reach(Facts(ledger, "real")) is None
+
+    def told(selectivity):
+        figures = {"selectivity": selectivity, "shared": 0.9, "directions": 0.01, "change": 0.02}
+        return done({name: {"value": value, "low": None} for name, value in figures.items()} | {"n": 3})
+
+    for row, selectivity in ((LOX, 1.2), ("lox-base-1.5", 4.0)):
+        put(ledger, row, BUILD, done({}), REAL)
+        put(ledger, row, "reach", told(selectivity), REAL)
+    found = claims.reach(Facts(ledger, "real"))
+    assert "1.20 times as much on harmful requests as on innocent ones, 90 % of it through 1.0 %" in found
+    assert found.endswith("as it delays: LoX, rank 6, alpha 1.5, aligned anchor.")
+    assert "| 0.0200 | 4.00 | 0.90 | 0.010 |" in page.page(ledger)
