@@ -121,8 +121,8 @@ def _ground(facts: Facts, ledger: Ledger) -> Iterator[str]:
         yield (
             "**What the edits do to inputs**, of each matrix of a linear layer `mean |E x|^2 / mean |W x|^2`: median "
             "over matrices, with quartiles. *Selectivity*: on harmful requests, refused, in times of that on "
-            "innocent ones. *Shared*: the part, on innocent ones, through the few directions that carry half of all inputs' "
-            "energy, which every request shares"
+            "innocent ones. *Shared*: the part, on innocent ones, through the few directions that carry half of all "
+            "inputs' energy, which every request shares"
         )
         yield _table(_REACH, facts, _covered("reach", facts))
     yield "**What it costs**, beside the undefended model; time and memory beside plain fine-tuning (control)"
