@@ -38,7 +38,12 @@ def _measured(facts: Facts, *, without: Sequence[str] = (NONE,)) -> list[tuple[R
 
 
 def _list(rows: Sequence[str]) -> str:
-    return ", ".join(rows) if rows else "none"
+    return "; ".join(rows) if rows else "none"
+
+
+def _items(told: Sequence[str]) -> str:
+    """What follows a colon, a line each."""
+    return "".join(f"\n  * {one}" for one in told)
 
 
 def _spelled(found: Slowdown) -> str:
@@ -74,12 +79,11 @@ def slowest(facts: Facts) -> str | None:
     slower = sorted((pair for pair in found if pair[1].low > 1), key=lambda pair: -pair[1].value)
     same = [row.title for row, one in found if one.low <= 1 <= one.high]
     faster = [f"{row.title} {_spelled(one)}" for row, one in found if one.high < 1]
-    told = [
-        f"Longer to break than without a defence: {_list([f'{row.title} {_spelled(one)}' for row, one in slower])}."
-    ]
-    told.append(f"Not told apart from it: {_list(same)}.")
+    told = [f"Not told apart from no defence: {_list(same)}."]
     if faster:
         told.append(f"Broken sooner: {_list(faster)}.")
+    longer = [f"{row.title} {_spelled(one)}" for row, one in slower]
+    told.append(f"Longer to break:{_items(longer)}" if longer else "Longer to break: none.")
     return " ".join(told)
 
 
@@ -118,9 +122,8 @@ def openings(facts: Facts) -> str | None:
     alone = [row.title for row, opens, refuses in known if opens.low > 1 >= refuses.low]
     return (
         "The sweep's judge calls every answer compliant that does not refuse, while the attacker's rows teach an "
-        f"opening. Slow-down until half of the answers have that opening, beside that of the sweep: "
-        f"{'; '.join(told)}. "
-        f"Broken later than without a defence by openings alone: {_list(alone)}."
+        f"opening. Broken later than without a defence by openings alone: {_list(alone)}. Slow-down until half of "
+        f"the answers have that opening, beside that of the sweep:{_items(told)}"
     )
 
 
@@ -134,17 +137,17 @@ def reach(facts: Facts) -> str | None:
     known = [(row, told) for row, told in found if told is not None]
     if not known:
         return None
-    told = "; ".join(
-        f"{row.title} {one['selectivity']['value']:.2f} times as much on harmful requests as on innocent ones, "
+    told = [
+        f"{row.title}: {one['selectivity']['value']:.2f} times as much on harmful requests as on innocent ones, "
         f"{100 * one['shared']['value']:.0f} % of it through {100 * one['directions']['value']:.1f} % of the "
         "directions"
         for row, one in known
-    )
+    ]
     alike = [row.title for row, one in known if one["selectivity"]["value"] < ALIKE]
     return (
-        f"What the edit does to a matrix's output (medians over matrices): {told}. Less than {ALIKE:g} times as much "
-        "on harmful requests, so nearly one shift for every request, which costs perplexity as it delays: "
-        f"{_list(alike)}."
+        f"Less than {ALIKE:g} times as large on harmful requests as on innocent ones, so nearly one shift for every "
+        f"request, which costs perplexity as it delays, are the edits of {_list(alike)}. What an edit does to a "
+        f"matrix's output, medians over matrices:{_items(told)}"
     )
 
 
@@ -161,7 +164,7 @@ def few_harmful_rows(facts: Facts) -> str | None:
         return None
     return (
         "Vaccine, T-Vaccine and Booster were made against few harmful rows among innocent ones, while the sweep has "
-        f"nothing but harmful ones. Slow-down against the control, which learnt the same rows: {'; '.join(told)}."
+        f"nothing but harmful ones. Slow-down against the control, which learnt the same rows:{_items(told)}"
     )
 
 
@@ -284,11 +287,11 @@ def places(facts: Facts) -> str | None:
     if not alone:
         return None
     bare = searching.unedited(facts.searched)
-    parts = "; ".join(f"{place}: {searching.told(trial)}" for place, trial in alone.items())
+    parts = [f"{place}: {searching.told(trial)}" for place, trial in alone.items()]
     sooner = [place for place, trial in alone.items() if searching.steps(trial) < searching.steps(bare)]
     return (
-        f"LoX on one part alone, by the search's short attack (unedited: {searching.told(bare)}): {parts}. "
-        f"Broken sooner than unedited: {_list(sooner)}."
+        f"With LoX on one part alone, broken sooner than unedited ({searching.told(bare)}): {_list(sooner)}. By the "
+        f"search's short attack:{_items(parts)}"
     )
 
 
@@ -310,7 +313,7 @@ def depth(facts: Facts) -> str | None:
                 f"alpha {params['alpha']:g}, depth {params['depth']}: {searching.told(trial)}, all layers "
                 f"{searching.told(whole)}"
             )
-    return f"LoX by depth, rank 6: {'; '.join(told)}." if told else None
+    return f"LoX by depth, rank 6, by the search's short attack:{_items(told)}" if told else None
 
 
 def other_deltas(facts: Facts) -> str | None:
@@ -329,11 +332,12 @@ def other_deltas(facts: Facts) -> str | None:
         for trial in searching.affordable(found)
         if "base" in trial["params"] and searching.steps(trial) > searching.steps(usual)
     ]
-    told = "; ".join(f"{searching.setting(trial)}: {searching.told(trial)}" for trial in others)
+    told = [f"{searching.setting(trial)}: {searching.told(trial)}" for trial in others]
     return (
-        f"By the search by openings (unedited: {searching.told(searching.unedited(plain))}; the slowest of LoX as it "
-        f"is within the bounds: {searching.setting(usual)}, {searching.told(usual)}), a delta that leaves innocent "
-        f"inputs alone or has an alpha for each layer: {told}. Slower within the bounds: {_list(later)}."
+        "A delta that leaves innocent inputs alone, or has an alpha for each layer, beside LoX as it is, by the "
+        f"search by openings (unedited: {searching.told(searching.unedited(plain))}; the slowest of LoX within the bounds: "
+        f"{searching.setting(usual)}, {searching.told(usual)}). Slower within the bounds: {_list(later)}. "
+        f"All of them:{_items(told)}"
     )
 
 
@@ -346,15 +350,15 @@ def strength(facts: Facts) -> str | None:
             continue
         last, title = max(found, key=searching.steps), named(search.method).title
         bare = searching.steps(searching.unedited(facts.searched))
-        told.append(f"{title} {searching.told(last)} (of {len(found)})")
+        told.append(f"{title}: {searching.told(last)} (of {len(found)})")
         if searching.steps(last) <= bare:
             none.append(title)
     if not told:
         return None
     return (
-        f"The latest break of trained methods over settings of their strength, by the search's short attack "
-        f"(undefended: {searching.told(searching.unedited(facts.searched))}): {'; '.join(told)}. "
-        f"At no setting later than undefended, so that the default's strength is not the reason: {_list(none)}."
+        f"At no setting of its strength broken later than undefended, so that the default's is not the reason: "
+        f"{_list(none)}. The latest break over settings, by the search's short attack (undefended: "
+        f"{searching.told(searching.unedited(facts.searched))}):{_items(told)}"
     )
 
 

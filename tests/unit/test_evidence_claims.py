@@ -41,9 +41,7 @@ def test_what_openings_say_is_held_against_what_refusals_say(ledger):
         put(ledger, row, "openings", done(harmful([trial(opens)])), REAL)
     told = claims.openings(Facts(ledger, "real"))
     assert "LoX, rank 6, alpha 1.5, aligned anchor 2.00 (n 1) by openings, 1.00 (n 1) by refusals" in told
-    assert told.endswith(
-        "later than without a defence by openings alone: LoX, rank 6, alpha 1.5, aligned anchor."
-    )
+    assert "by openings alone: LoX, rank 6, alpha 1.5, aligned anchor. Slow-down" in told
     assert claims.openings(Facts(ledger, "demo")) is None
 
 
@@ -84,8 +82,8 @@ def test_other_deltas_are_held_against_the_slowest_of_lox_as_it_is(ledger):
     assert claims.other_deltas(Facts(ledger, "real")) is None
     put(ledger, SEARCH_OPENINGS, "search-1", done({"judge": "x", "trials": others}), REAL)
     told = claims.other_deltas(Facts(ledger, "real"))
-    assert "as it is within the bounds: rank 6, alpha 1.5, 12 steps" in told
-    assert told.endswith("Slower within the bounds: rank 6, alpha 4.0, base cleaned.")
+    assert "the slowest of LoX within the bounds: rank 6, alpha 1.5, 12 steps" in told
+    assert "Slower within the bounds: rank 6, alpha 4.0, base cleaned. All of them:\n  * " in told
 
 
 def test_an_edit_that_is_for_every_request_alike_is_said_to_be(ledger):
@@ -100,5 +98,5 @@ def test_an_edit_that_is_for_every_request_alike_is_said_to_be(ledger):
         put(ledger, row, "reach", told(selectivity), REAL)
     found = claims.reach(Facts(ledger, "real"))
     assert "1.20 times as much on harmful requests as on innocent ones, 90 % of it through 1.0 %" in found
-    assert found.endswith("as it delays: LoX, rank 6, alpha 1.5, aligned anchor.")
+    assert "are the edits of LoX, rank 6, alpha 1.5, aligned anchor. What" in found
     assert "| 0.0200 | 4.00 | 0.90 | 0.010 |" in page.page(ledger)

@@ -61,7 +61,7 @@ def test_what_a_search_says_of_places_and_depth_is_in_its_trials(ledger):
     put(ledger, SEARCH, "search-0", done({"judge": "x", "trials": trials}))
     found = Facts(ledger, "demo")
     assert "layers 2:4: 2 steps" in claims.places(found)
-    assert claims.places(found).endswith("Broken sooner than unedited: layers 2:4.")
+    assert "over-refusal 0%): layers 2:4. By the" in claims.places(found)
     assert (
         "depth 0:0.5: 20 steps at perplexity x 0.980, over-refusal 0%, all layers 14 steps"
         in claims.depth(found)
@@ -78,8 +78,8 @@ def test_a_trained_method_is_held_at_every_strength_against_the_undefended_model
         trials = [rho(value, taken) for value, taken in zip((2, 8, 32), steps, strict=True)]
         put(ledger, search_of(method), "search-0", done({"judge": "x", "trials": trials}))
     found = Facts(ledger, "demo")
-    assert "Vaccine 6 steps at perplexity x 1.000, over-refusal 0% (of 3)" in claims.strength(found)
-    assert claims.strength(found).endswith("is not the reason: Vaccine.")
+    assert "Vaccine: 6 steps at perplexity x 1.000, over-refusal 0% (of 3)" in claims.strength(found)
+    assert "is not the reason: Vaccine. The latest" in claims.strength(found)
     assert "| rho 8 | 9 | " in page.page(ledger)
 
 
