@@ -335,8 +335,8 @@ def other_deltas(facts: Facts) -> str | None:
     told = [f"{searching.setting(trial)}: {searching.told(trial)}" for trial in others]
     return (
         "A delta that leaves innocent inputs alone, or has an alpha for each layer, beside LoX as it is, by the "
-        f"search by openings (unedited: {searching.told(searching.unedited(plain))}; the slowest of LoX within the bounds: "
-        f"{searching.setting(usual)}, {searching.told(usual)}). Slower within the bounds: {_list(later)}. "
+        f"search by openings (unedited: {searching.told(searching.unedited(plain))}; the slowest of LoX within the "
+        f"bounds: {searching.setting(usual)}, {searching.told(usual)}). Slower within the bounds: {_list(later)}. "
         f"All of them:{_items(told)}"
     )
 
