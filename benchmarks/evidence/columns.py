@@ -14,6 +14,12 @@ from surgery.evaluate.keeping import FILE as ASSESSMENT
 
 Words = list[str]
 
+EVALUATE = "evaluate"
+"""The column whose figures of the undefended row are taken up by the others."""
+
+KEPT = f"model/{ASSESSMENT}"
+"""Where in its output they are."""
+
 _UTILITY = (
     "stability.perplexity", "stability.perplexity_ratio", "stability.kl", "stability.over_refusal",
     "stability.accuracy", "stability.incoherent_rate", "resistance.refusal-ablation.asr",
@@ -87,7 +93,7 @@ def _openings(ground: Ground, model: str, output: str, folder: Path) -> Iterator
 def _evaluate(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
     """Beside the undefended model, whose own evaluation is taken where it is at hand; that one stands alone."""
     beside = [] if model == ground.aligned else ["--reference", ground.aligned]
-    known = sorted(folder.glob(f"{NONE}/measured-evaluate-*/model/{ASSESSMENT}"))
+    known = sorted(folder.glob(f"{NONE}/measured-{EVALUATE}-*/{KEPT}"))
     if beside and known:
         beside += ["--reference-from", str(known[-1].parents[1].relative_to(folder))]
     yield [
@@ -169,5 +175,5 @@ COLUMNS: tuple[Column, ...] = (
         (SFT, "lox-aligned-1.5", "lox-base-1.5", "lox-best", "vaccine", "circuit-breakers"),
         on=("real",),
     ),
-    Column("evaluate", "Utility, refusal ablation, trainability", _evaluate, _report),
+    Column(EVALUATE, "Utility, refusal ablation, trainability", _evaluate, _report),
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.__main__ import commit, machine
 from benchmarks.evidence import columns, searching
-from benchmarks.evidence.columns import Column
+from benchmarks.evidence.columns import EVALUATE, KEPT, Column
 from benchmarks.evidence.grounds import Ground
 from benchmarks.evidence.keys import BUILD, MODEL, Keys
 from benchmarks.evidence.ledger import Ledger
@@ -68,6 +68,7 @@ class Study:
             for row in rows:
                 if self._lacks(row, keys):
                     self._built(row, keys)
+            self._reference(rows, keys)
             self._together([one for row in rows for one in self._measurements(row, keys)])
 
     def _together(self, tasks: Sequence[Callable[[], None]]) -> None:
@@ -75,13 +76,36 @@ class Study:
             for future in [pool.submit(task) for task in tasks]:
                 future.result()
 
+    def _reference(self, rows: Sequence[Row], keys: Keys) -> None:
+        """Evaluate the undefended model again, where rows could take that up and only its figures are there."""
+        bare = named(NONE)
+        cell = self._cell(bare, EVALUATE, keys)
+        asked = any(column.name == EVALUATE for row in rows for column in self._lacking(row, keys))
+        if cell is None or not asked:
+            return
+        output = f"{NONE}/{MEASURED}-{EVALUATE}-{cell['key']}"
+        if (self.folder / output / KEPT).exists():
+            return
+        self.say(f"{self.ground.name}: {NONE}: {EVALUATE}, for others to take up")
+        [column] = [one for one in self.columns if one.name == EVALUATE]
+        (self.folder / NONE).mkdir(exist_ok=True)
+        try:
+            for words in column.commands(self.ground, self._model(bare), output, self.folder):
+                run(words, self.folder, self.folder / NONE / f"{EVALUATE}.log")
+        except CommandFailedError as error:
+            self.say(f"{self.ground.name}: {NONE}: {error}")
+
     def _lacks(self, row: Row, keys: Keys) -> bool:
         """Whether anything of a row is to be done."""
-        names = [
-            BUILD,
-            *(column.name for column in self.columns if column.covers(row.name, self.ground.name)),
+        return self._cell(row, BUILD, keys) is None or bool(self._lacking(row, keys))
+
+    def _lacking(self, row: Row, keys: Keys) -> list[Column]:
+        """What is still to be measured of a row."""
+        return [
+            column
+            for column in self.columns
+            if column.covers(row.name, self.ground.name) and self._cell(row, column.name, keys) is None
         ]
-        return any(self._cell(row, name, keys) is None for name in names)
 
     def _cell(self, row: Row, column: str, keys: Keys) -> dict[str, Any] | None:
         try:
@@ -121,12 +145,7 @@ class Study:
         """What is still to be measured of a row; nothing where there is no model."""
         if self._cell(row, BUILD, keys) is None:
             return []
-        lacking = [
-            column
-            for column in self.columns
-            if column.covers(row.name, self.ground.name) and self._cell(row, column.name, keys) is None
-        ]
-        return [partial(self._measure, row, column, keys) for column in lacking]
+        return [partial(self._measure, row, column, keys) for column in self._lacking(row, keys)]
 
     def _measure(self, row: Row, column: Column, keys: Keys) -> None:
         key = keys.row(row, column.name)

@@ -8,7 +8,7 @@ import math
 import pytest
 from ledgers import LOX, done, evaluated, filled, harmful, mean, put, trial
 
-from benchmarks.evidence import columns, facts, page, plot, repeating, searching
+from benchmarks.evidence import columns, facts, page, plot, repeating, searching, study
 from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH, search_on
 from benchmarks.evidence.keys import BUILD, Keys
@@ -151,7 +151,7 @@ def test_what_spares_time_is_in_the_command_and_in_no_key(ledger, tmp_path):
     [command] = columns.COLUMNS[-1].commands(REAL, "m", "m/out", tmp_path)
     assert "--no-inside" in command
     assert "--reference-from" not in command
-    kept = tmp_path / NONE / "measured-evaluate-k" / "model" / columns.ASSESSMENT
+    kept = tmp_path / NONE / "measured-evaluate-k" / columns.KEPT
     kept.parent.mkdir(parents=True)
     kept.touch()
     [command] = columns.COLUMNS[-1].commands(REAL, "m", "m/out", tmp_path)
@@ -257,3 +257,27 @@ def test_a_row_that_comes_out_otherwise_is_noticed(ledger):
     near = copy.deepcopy(known)
     near["harmful"]["figures"]["trials"][0]["broken_at"] = 16
     assert [*repeating.differences(known, near)] == []
+
+
+def test_where_only_the_figures_of_the_undefended_model_are_left_it_is_evaluated_for_others(
+    ledger, tmp_path, monkeypatch
+):
+    said, ran = [], []
+    column = [one for one in columns.COLUMNS if one.name == columns.EVALUATE]
+    monkeypatch.setattr(study, "run", lambda words, *where: ran.append(words))
+    again = study.Study(DEMO, ledger, tmp_path, 1, said.append, column)
+    keys = Keys(DEMO, ledger, "demo")
+    again._reference([named(LOX)], keys)
+    assert ran == []  # its own figures are there
+    again._reference([named("vaccine")], keys)
+    [words] = ran
+    output = words[-1]
+    assert words[:3] == ["surgery", "evaluate", DEMO.aligned]
+    assert "--reference" not in words
+    assert output == f"{NONE}/measured-evaluate-{keys.row(named(NONE), columns.EVALUATE)}"
+    (tmp_path / output / columns.KEPT).parent.mkdir(parents=True)
+    (tmp_path / output / columns.KEPT).touch()
+    again._reference([named("vaccine")], keys)
+    assert len(ran) == 1
+    [found] = column[0].commands(DEMO, "vaccine/model", "out", tmp_path)
+    assert found[found.index("--reference-from") + 1] == output
