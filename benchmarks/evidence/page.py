@@ -37,7 +37,8 @@ harm looked at ever less often; the worst look of all of them is what counts. AS
 complied with. *Slow-down* is the ratio of steps to break (ASR of a half; interpolated between two looks) to those of
 the undefended model, the geometric mean over attacks of equal rate, kind and seed, with a bootstrap interval over
 those attacks; ">" where some of them did not break the model and count as broken at their last step. Shares carry
-Wilson intervals, means bootstrap intervals, of 95 %.
+Wilson intervals, means bootstrap intervals, of 95 %; a share is called less or more where Newcombe's interval of the
+difference excludes 0.
 """
 
 _README = """Measured by [one repeatable study](docs/evidence.md) on the embedded pair, {trials} attacks on each row

@@ -1,5 +1,7 @@
 """What the page of the evidence study says of its figures turns with them."""
 
+import math
+
 import pytest
 from ledgers import LOX, done, evaluated, filled, harmful, put, searched, trial
 
@@ -9,6 +11,7 @@ from benchmarks.evidence.grounds import GROUNDS, REAL, SEARCH_OPENINGS
 from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import NONE, SFT
+from surgery.scores import proportion
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def test_claims_turn_with_the_figures(ledger):
     )
     cells["evaluate"]["figures"] = evaluated(over_refusal=0.5)
     found = Facts(ledger, "demo")
-    assert "lower beyond both intervals: LoX" in claims.ceiling(found)
+    assert "; lower: LoX" in claims.ceiling(found)
     assert "50 %" in claims.over_refusal(found)
     assert "the slowest to break is Plain fine-tuning" in claims.aim(found)
 
@@ -100,3 +103,14 @@ def test_an_edit_that_is_for_every_request_alike_is_said_to_be(ledger):
     assert "1.20 times as much on harmful requests as on innocent ones, 90 % of it through 1.0 %" in found
     assert "are the edits of LoX, rank 6, alpha 1.5, aligned anchor. What" in found
     assert "| 0.0200 | 4.00 | 0.90 | 0.010 |" in page.page(ledger)
+
+
+def test_shares_are_told_apart_by_the_interval_of_their_difference():
+    """Newcombe's own example, 56 of 70 against 48 of 80: from 0.0524 to 0.3339."""
+    more, fewer, near = (proportion(*counts).document() for counts in ((56, 70), (48, 80), (54, 80)))
+    assert claims.less(fewer, more)
+    assert not claims.less(more, fewer)
+    assert fewer["high"] > more["low"]  # intervals overlap, and yet they differ
+    ends = math.hypot(more["value"] - more["low"], fewer["high"] - fewer["value"])
+    assert more["value"] - fewer["value"] - ends == pytest.approx(0.0524, abs=5e-5)
+    assert not claims.less(near, more)
