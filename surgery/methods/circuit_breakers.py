@@ -11,7 +11,10 @@ with Circuit Breakers", NeurIPS 2024, https://arxiv.org/abs/2406.04313 (Algorith
 fine-tuning, and a little of it undoes it.
 
 Forms: `paper` as above, the norm not squared and the coefficients ending at alpha/2 each; `tutorial` squares the norm
-and hands over fully, c_s = alpha (1 - t / T), c_r = alpha t / T.
+and hands over fully, c_s = alpha (1 - t / T), c_r = alpha t / T; `relative` is the paper's with ||h - h0|| / ||h0||
+in L_r. L_s does not change with the size of hidden states, and the paper's L_r is proportional to it: their balance
+is one for models like the authors'. Where states are large (SmolLM2-135M: norms of 140 to 230 at the targets, 24 000
+at a text's first token) L_r alone is trained. `relative` has the same balance on every model.
 
 As in the authors' code, targets count hidden states (0 is the embeddings, l what block l - 1 puts out), all tokens of
 prompt and response count, and while it trains the model is cut after the block that the last target enters.
@@ -56,8 +59,11 @@ class CircuitBreakers(TrainedMethod):
     ] = None
     start: Annotated[float, Doc("Standard deviation of the noise that the adapter's B starts from.")] = 1e-2
     form: Annotated[
-        Literal["paper", "tutorial"],
-        Doc("tutorial: squared distance, and coefficients that hand over fully."),
+        Literal["paper", "tutorial", "relative"],
+        Doc(
+            "tutorial: squared distance, and coefficients that hand over fully; relative: distance in units of the "
+            "hidden state, for models whose states are large."
+        ),
     ] = "paper"
 
     name: ClassVar[str] = "circuit-breakers"
@@ -123,14 +129,14 @@ class CircuitBreakers(TrainedMethod):
     def equation(self) -> str:
         """The objective, with numbers."""
         end = "T" if self.form == "tutorial" else "2T"
-        power = "^2" if self.form == "tutorial" else ""
+        apart = {"tutorial": "||h - h0||^2", "relative": "||h - h0|| / ||h0||"}.get(self.form, "||h - h0||")
         where = (
             f"hidden states {self.targets}"
             if self.targets
             else "hidden states at 10/32 and 20/32 of the depth"
         )
         return (
-            f"min_w {self.alpha:.12g} [(1 - t/{end}) mean max(0, cos(h, h0)) + t/{end} mean ||h - h0||{power}], "
+            f"min_w {self.alpha:.12g} [(1 - t/{end}) mean max(0, cos(h, h0)) + t/{end} mean {apart}], "
             f"cosine on harmful rows at {where}, distance on retain rows everywhere"
         )
 
@@ -161,7 +167,8 @@ class CircuitBreakers(TrainedMethod):
             return rerouting(now, before, attended, targets)
 
         def keep(now: States, before: States, attended: Tensor) -> Tensor:
-            return distance(now, before, attended, squared=self.form == "tutorial")
+            squared, relative = self.form == "tutorial", self.form == "relative"
+            return distance(now, before, attended, squared=squared, relative=relative)
 
         with blocks.shortened(found, len(self.layers(len(found.layers)))):
             terms = [

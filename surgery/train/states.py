@@ -13,18 +13,28 @@ States = Sequence[Tensor]
 """Embeddings, what each block puts out, and what the final norm makes of the last, as transformers counts them."""
 
 
-def distance(now: States, before: States, attended: Tensor, *, squared: bool) -> Tensor:
+def distance(
+    now: States, before: States, attended: Tensor, *, squared: bool, relative: bool = False
+) -> Tensor:
     """The sum over attended tokens of ||now - before|| (or its square), averaged over all hidden states.
 
-    In float32 or wider; at a distance of 0 the gradient is 0.
+    In float32 or wider; at a distance of 0 the gradient is 0. If relative, each is divided by ||before|| (or its
+    square) where that is not 0.
     """
     total = torch.zeros((), dtype=torch.float64, device=attended.device)
     for ours, theirs in zip(now, before, strict=True):
         wide = torch.promote_types(ours.dtype, torch.float32)
         apart = ours[attended].to(wide) - theirs[attended].to(wide)
-        each = apart.square().sum(-1) if squared else torch.linalg.vector_norm(apart, dim=-1)
+        each = _size(apart, squared)
+        if relative:
+            unit = _size(theirs[attended].to(wide), squared)
+            each = each / torch.where(unit > 0, unit, 1)
         total = total + each.sum()
     return total / len(now)
+
+
+def _size(vectors: Tensor, squared: bool) -> Tensor:
+    return vectors.square().sum(-1) if squared else torch.linalg.vector_norm(vectors, dim=-1)
 
 
 def hidden_states(model: nn.Module, found: blocks.Blocks, batch: Batch) -> list[Tensor]:

@@ -110,6 +110,54 @@ def test_the_distance_is_of_degree_one_and_the_tutorials_of_degree_two():
     assert ratio[True] == pytest.approx(4, rel=1e-5)  # control: the squared form is told apart
 
 
+@pytest.mark.parametrize("squared", [False, True])
+def test_a_relative_distance_does_not_change_with_the_size_of_hidden_states(squared):
+    now, before = states(1), states(2)
+
+    def both(size, relative):
+        large = ([size * state for state in which] for which in (now, before))
+        return float(distance(*large, ALL, squared=squared, relative=relative))
+
+    assert both(200.0, relative=True) == pytest.approx(both(1.0, relative=True), rel=1e-5)
+    assert both(200.0, relative=False) > 100 * both(1.0, relative=False)  # control
+    ours, theirs = (torch.stack(which).double() for which in (now, before))
+    shares = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+    expected = (shares**2 if squared else shares).sum() / len(now)
+    assert both(1.0, relative=True) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_relative_distance_from_a_state_of_norm_zero_is_the_distance_itself():
+    now = [state.requires_grad_() for state in states(1)]
+    before = [torch.zeros_like(state) for state in now]
+    found = distance(now, before, ALL, squared=False, relative=True)
+    assert torch.allclose(found, distance(now, before, ALL, squared=False))
+    found.backward()
+    assert all(state.grad.isfinite().all() for state in now)
+
+
+def test_the_relative_form_turns_a_model_whose_states_are_large_and_the_papers_does_not():
+    """Embeddings and what blocks add, times 500: no cosine changes, and every distance grows as much."""
+
+    def turned(form):
+        model = adapted(spread=0)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name.endswith(
+                    ("embed_tokens.weight", "o_proj.base_layer.weight", "down_proj.base_layer.weight")
+                ):
+                    weight.mul_(500)
+        method = CircuitBreakers(form=form, targets="2")
+        optimiser = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=5e-3)
+        for number in range(40):
+            optimiser.zero_grad()
+            terms = method.backward(model, data(), Step(number, 40))
+            optimiser.step()
+        return terms["rerouting"]
+
+    assert turned("relative") < 0.5
+    assert turned("paper") > 0.9
+
+
 def test_the_distance_is_the_mean_over_layers_of_the_sum_over_tokens():
     now, before = states(1), states(2)
     some = ALL.clone()
