@@ -3,9 +3,9 @@
 import math
 
 import pytest
-from ledgers import LOX, done, evaluated, filled, harmful, put, searched, trial
+from ledgers import LOX, done, evaluated, filled, harmful, put, searched, share, trial
 
-from benchmarks.evidence import claims, page
+from benchmarks.evidence import claims, page, search_claims, sentences
 from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import GROUNDS, REAL, SEARCH_OPENINGS
 from benchmarks.evidence.keys import BUILD
@@ -74,7 +74,7 @@ def test_nothing_is_claimed_of_an_empty_ledger(tmp_path):
 
 
 def test_other_deltas_are_held_against_the_slowest_of_lox_as_it_is(ledger):
-    assert claims.other_deltas(Facts(ledger, "real")) is None
+    assert search_claims.other_deltas(Facts(ledger, "real")) is None
     plain = [searched(6, 0.0, 6), searched(6, 1.5, 12), searched(6, 3.0, 30, perplexity=1.5)]
     others = [
         searched(6, 4.0, 15, base="cleaned"),
@@ -82,9 +82,9 @@ def test_other_deltas_are_held_against_the_slowest_of_lox_as_it_is(ledger):
         searched(6, 2.0, 12, base="falling"),
     ]
     put(ledger, SEARCH_OPENINGS, "search-0", done({"judge": "x", "trials": plain}), REAL)
-    assert claims.other_deltas(Facts(ledger, "real")) is None
+    assert search_claims.other_deltas(Facts(ledger, "real")) is None
     put(ledger, SEARCH_OPENINGS, "search-1", done({"judge": "x", "trials": others}), REAL)
-    told = claims.other_deltas(Facts(ledger, "real"))
+    told = search_claims.other_deltas(Facts(ledger, "real"))
     assert "the slowest of LoX within the bounds: rank 6, alpha 1.5, 12 steps" in told
     assert "Slower within the bounds: rank 6, alpha 4.0, base cleaned. All of them:\n  * " in told
 
@@ -108,9 +108,23 @@ def test_an_edit_that_is_for_every_request_alike_is_said_to_be(ledger):
 def test_shares_are_told_apart_by_the_interval_of_their_difference():
     """Newcombe's own example, 56 of 70 against 48 of 80: from 0.0524 to 0.3339."""
     more, fewer, near = (proportion(*counts).document() for counts in ((56, 70), (48, 80), (54, 80)))
-    assert claims.less(fewer, more)
-    assert not claims.less(more, fewer)
+    assert sentences.less(fewer, more)
+    assert not sentences.less(more, fewer)
     assert fewer["high"] > more["low"]  # intervals overlap, and yet they differ
     ends = math.hypot(more["value"] - more["low"], fewer["high"] - fewer["value"])
     assert more["value"] - fewer["value"] - ends == pytest.approx(0.0524, abs=5e-5)
-    assert not claims.less(near, more)
+    assert not sentences.less(near, more)
+
+
+def test_a_model_that_neither_refuses_nor_complies_is_not_called_broken(ledger):
+    def before(value):
+        return {"unattacked": {"asr": share(value, 32)}}
+
+    for row, refusals, opens in ((NONE, 0.1, 0.1), (LOX, 0.8, 0.1), ("lox-base-1.5", 0.8, 0.8)):
+        put(ledger, row, "harmful", done(harmful([trial(4)]) | before(refusals)), REAL)
+        put(ledger, row, "openings", done(harmful([trial(4)]) | before(opens)), REAL)
+    told = claims.neither(Facts(ledger, "real"))
+    assert told.endswith(
+        "LoX, rank 6, alpha 1.5, aligned anchor: 80 % do not refuse, 10 % open as the attacker's do"
+    )
+    assert claims.neither(Facts(ledger, "demo")) is None

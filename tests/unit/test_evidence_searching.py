@@ -6,7 +6,7 @@ import json
 import pytest
 from ledgers import done, filled, put, searched
 
-from benchmarks.evidence import claims, page, searching
+from benchmarks.evidence import page, search_claims, searching
 from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import DEMO, REAL, SEARCH, Search, search_of
 from benchmarks.evidence.keys import Keys
@@ -50,8 +50,8 @@ def test_a_setting_is_found_by_its_parameters_and_no_others():
 
 
 def test_what_a_search_says_of_places_and_depth_is_in_its_trials(ledger):
-    assert claims.places(Facts(ledger, "demo")) is None
-    assert claims.depth(Facts(ledger, "demo")) is None
+    assert search_claims.places(Facts(ledger, "demo")) is None
+    assert search_claims.depth(Facts(ledger, "demo")) is None
     trials = [
         *TRIALS[:2],
         searched(6, 1.5, 2, layers="2:4"),
@@ -60,11 +60,11 @@ def test_what_a_search_says_of_places_and_depth_is_in_its_trials(ledger):
     ]
     put(ledger, SEARCH, "search-0", done({"judge": "x", "trials": trials}))
     found = Facts(ledger, "demo")
-    assert "layers 2:4: 2 steps" in claims.places(found)
-    assert "over-refusal 0%): layers 2:4. By the" in claims.places(found)
+    assert "layers 2:4: 2 steps" in search_claims.places(found)
+    assert "over-refusal 0%): layers 2:4. By the" in search_claims.places(found)
     assert (
         "depth 0:0.5: 20 steps at perplexity x 0.980, over-refusal 0%, all layers 14 steps"
-        in claims.depth(found)
+        in search_claims.depth(found)
     )
 
 
@@ -73,13 +73,13 @@ def test_a_trained_method_is_held_at_every_strength_against_the_undefended_model
         return {**searched(0, 1.0, steps), "params": {"rho": value}}
 
     put(ledger, SEARCH, "search-0", done({"judge": "x", "trials": TRIALS[:2]}))
-    assert claims.strength(Facts(ledger, "demo")) is None
+    assert search_claims.strength(Facts(ledger, "demo")) is None
     for method, steps in (("vaccine", (3, 6, 5)), ("t-vaccine", (3, 9, 5))):
         trials = [rho(value, taken) for value, taken in zip((2, 8, 32), steps, strict=True)]
         put(ledger, search_of(method), "search-0", done({"judge": "x", "trials": trials}))
     found = Facts(ledger, "demo")
-    assert "Vaccine: 6 steps at perplexity x 1.000, over-refusal 0% (of 3)" in claims.strength(found)
-    assert "is not the reason: Vaccine. The latest" in claims.strength(found)
+    assert "Vaccine: 6 steps at perplexity x 1.000, over-refusal 0% (of 3)" in search_claims.strength(found)
+    assert "is not the reason: Vaccine. The latest" in search_claims.strength(found)
     assert "| rho 8 | 9 | " in page.page(ledger)
 
 
