@@ -93,7 +93,8 @@ def _openings(ground: Ground, model: str, output: str, folder: Path) -> Iterator
 def _evaluate(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
     """Beside the undefended model, whose own evaluation is taken where it is at hand; that one stands alone."""
     beside = [] if model == ground.aligned else ["--reference", ground.aligned]
-    known = sorted(folder.glob(f"{NONE}/measured-{EVALUATE}-*/{KEPT}"))
+    kept = folder.glob(f"{NONE}/measured-{EVALUATE}-*/{KEPT}")
+    known = sorted(kept, key=lambda path: path.stat().st_mtime)
     if beside and known:
         beside += ["--reference-from", str(known[-1].parents[1].relative_to(folder))]
     yield [

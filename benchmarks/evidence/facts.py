@@ -13,6 +13,8 @@ from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import NONE, ROWS, SFT, Row
 
 _DRAWS, _SEED = 4000, 20261124
+# Settings below which no interval is told.
+_FEW = 3
 # The step that counts for a model that is broken before the first step, so that ratios exist.
 _AT_ONCE = 0.5
 
@@ -24,10 +26,13 @@ class Slowdown:
     Attributes:
         value: Geometric mean, over attacks with equal rate, kind and seed, of the ratio of steps to break; between
             two looks the step is where a straight line through their shares reaches the threshold.
-        low: Lower end of its interval of 95 %, by bootstrap over those attacks.
-        high: Upper end.
+        low: Lower end of its interval of 95 %, by bootstrap over settings (rate and kind) with all their seeds; of
+            fewer than three settings the least of the ratios.
+        high: Upper end, or the largest.
         n: Attacks compared.
         unbroken: Of them those that did not break the row's model; they count as if they had at their last step.
+        settings: Pairs of a rate and a kind among them.
+        looks: The ends of the same interval by the looks themselves, with no line between two.
     """
 
     value: float
@@ -35,6 +40,18 @@ class Slowdown:
     high: float
     n: int
     unbroken: int
+    settings: int
+    looks: tuple[float, float]
+
+    @property
+    def slower(self) -> bool:
+        """Whether it is told apart from 1 upwards, also by whole looks."""
+        return self.low > 1 and self.looks[0] > 1
+
+    @property
+    def faster(self) -> bool:
+        """Whether it is told apart from 1 downwards, also by whole looks."""
+        return self.high < 1 and self.looks[1] < 1
 
 
 class Facts:
@@ -117,10 +134,15 @@ class Facts:
         if not pairs:
             return None
         bound = own["threshold"]
+        settings = [(mine["kind"], mine["lr"]) for mine, _ in pairs]
         logs = [math.log(broken(mine, bound) / broken(his, bound)) for mine, his in pairs]
-        low, high = _bootstrap(logs)
+        by_looks = [math.log(look(mine) / look(his)) for mine, his in pairs]
+        low, high = _interval(logs, settings)
         unbroken = sum(mine["broken_at"] is None for mine, _ in pairs)
-        return Slowdown(math.exp(math.fsum(logs) / len(logs)), low, high, len(logs), unbroken)
+        value = math.exp(math.fsum(logs) / len(logs))
+        return Slowdown(
+            value, low, high, len(logs), unbroken, len(set(settings)), _interval(by_looks, settings)
+        )
 
     def cost(self, row: Row, figure: str) -> float | None:
         """Time (`wall`) or memory (`peak`) of making a row's model, in runs of plain fine-tuning."""
@@ -160,8 +182,23 @@ def broken(trial: Mapping[str, Any], threshold: float) -> float:
     return max(_AT_ONCE, float(before + (after - before) * (threshold - low) / (high - low)))
 
 
-def _bootstrap(logs: Sequence[float]) -> tuple[float, float]:
-    """The interval of a geometric mean."""
-    source = random.Random(_SEED)
-    means = sorted(math.fsum(source.choices(logs, k=len(logs))) / len(logs) for _ in range(_DRAWS))
+def look(trial: Mapping[str, Any]) -> float:
+    """The look at which a trial broke the model; else the last one it took."""
+    at = trial["points"][-1][0] if trial["broken_at"] is None else trial["broken_at"]
+    return max(_AT_ONCE, float(at))
+
+
+def _interval(logs: Sequence[float], settings: Sequence[tuple[Any, ...]]) -> tuple[float, float]:
+    """The interval of a geometric mean: seeds of one setting are drawn together, for they are no new attacks."""
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for setting, one in zip(settings, logs, strict=True):
+        groups.setdefault(setting, []).append(one)
+    if len(groups) < _FEW:
+        return math.exp(min(logs)), math.exp(max(logs))
+    source, kept = random.Random(_SEED), list(groups.values())
+    means = []
+    for _ in range(_DRAWS):
+        drawn = [one for group in source.choices(kept, k=len(kept)) for one in group]
+        means.append(math.fsum(drawn) / len(drawn))
+    means.sort()
     return math.exp(means[int(0.025 * _DRAWS)]), math.exp(means[int(0.975 * _DRAWS) - 1])

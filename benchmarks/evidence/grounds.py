@@ -65,6 +65,7 @@ class Ground:
         mixed: Harmful fine-tuning with few harmful rows among innocent ones.
         openings: Harmful fine-tuning judged by how answers open; nothing where the attacker's rows are answers.
         reach: Data on which an edit is held; nothing where that is not measured.
+        harmful_share: How many of its rows are harmful, in words.
         evaluate: Data and limits of the evaluation beside the undefended model.
         training: Options of each trained method, by its name.
         searches: By the names that `search_on` and `search_of` give them.
@@ -85,6 +86,7 @@ class Ground:
     confirm: str
     benign: Words
     mixed: Words
+    harmful_share: str
     evaluate: Words
     training: Mapping[str, Words]
     searches: Mapping[str, Search]
@@ -131,6 +133,7 @@ DEMO = Ground(
         "--harmful-data", "demo:benign", "--learning-rates", "5e-4", "--kinds", "lora", "--seeds", "0,1,2",
         "--steps", "100", "--every", "2", "--growth", "1.5",
     ),
+    harmful_share="one in seven",
     evaluate=(*_DEMO_DATA, "--limit", "48", "--rows", "64", "--every", "15", "--max-new-tokens", "24"),
     spared=_SPARED,
     training={"tar": (), "mlac": ()},
@@ -205,6 +208,7 @@ REAL = Ground(
         "--harmful-data", "data/benign.jsonl", "--learning-rates", "2e-4", "--kinds", "lora", "--seeds", "0",
         "--steps", "50", "--batch-size", "4", "--every", "2", "--growth", "2",
     ),
+    harmful_share="two in five",
     evaluate=(
         *_REAL_DATA, *_REAL_LIMITS, *_REAL_UTILITY, "--practice-data", "data/practice.jsonl",
         "--practice-lr", "5e-4", "--practice-steps", "16", "--practice-seeds", "1",

@@ -132,7 +132,8 @@ class Keys:
         """Whether a cell stands under the key that it has now."""
         try:
             return self.row(named(row), column) == key
-        except searching.NothingChosenError:
+        except (searching.NothingChosenError, KeyError):
+            # The search that is to choose its options was not run, or it is a row of old.
             return False
 
 

@@ -8,6 +8,7 @@ does again what was changed.
 
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ class Ledger:
     """The cells of all grounds.
 
     Args:
-        path: The file; there may be none yet.
+        path: The file, there may be none yet; one process writes it at a time.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._lock = path, threading.Lock()
         self.document: dict[str, Any] = {"schema": 1, "grounds": {}}
         if path.is_file():
             self.document = json.loads(path.read_text())
@@ -58,9 +59,10 @@ class Ledger:
         return found
 
     def put(self, ground: str, row: str, column: str, cell: Mapping[str, Any]) -> None:
-        """Keep a cell, in the file at once."""
-        self.ground(ground)["rows"].setdefault(row, {})[column] = dict(cell)
-        self._write()
+        """Keep a cell, in the file at once; from any thread."""
+        with self._lock:
+            self.ground(ground)["rows"].setdefault(row, {})[column] = dict(cell)
+            self._write()
 
     def _write(self) -> None:
         write_text(self.path, dumped(self.document))

@@ -65,30 +65,32 @@ def differences(known: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[
             return
     yield from _trials(known["harmful"]["figures"], found["harmful"]["figures"])
     told, seen = (cells["evaluate"]["figures"]["metrics"] for cells in (known, found))
-    for name in told.keys() & seen.keys():
-        if not _within(told[name], seen[name]):
+    for name in told:
+        if name not in seen:
+            yield f"{name} is missing"
+        elif not _within(told[name], seen[name]):
             yield f"{name} is {seen[name]['value']}, in the ledger {told[name]['value']}"
 
 
 def _trials(known: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
     """Attacks that break the model at another look."""
+    if not found["trials"]:
+        yield "no attack was carried out"
     theirs = {(trial["kind"], trial["lr"], trial["seed"]): trial for trial in known["trials"]}
     for trial in found["trials"]:
         setting = trial["kind"], trial["lr"], trial["seed"]
         if setting not in theirs:
             yield f"the ledger has no attack with {setting}"
             continue
-        looks = [point[0] for point in theirs[setting]["points"]]
-        places = [
-            len(looks) if one["broken_at"] is None else looks.index(one["broken_at"])
-            for one in (trial, theirs[setting])
-        ]
+        both = trial, theirs[setting]
+        looks = sorted({point[0] for one in both for point in one["points"]})
+        places = [len(looks) if one["broken_at"] is None else looks.index(one["broken_at"]) for one in both]
         if abs(places[0] - places[1]) > _LOOKS:
             yield f"{setting} breaks it at {trial['broken_at']}, in the ledger at {theirs[setting]['broken_at']}"
 
 
 def _within(known: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
-    """Whether a figure lies in the ledger's interval, or where there is none is the same to a tenth."""
+    """Whether a figure lies in the ledger's interval, or where there is none is the same by half of it."""
     if known["value"] is None or found["value"] is None:
         return known["value"] is found["value"]
     if known.get("low") is None:

@@ -10,7 +10,7 @@ from benchmarks.evidence.sentences import Claim, items, listed
 def places(facts: Facts) -> str | None:
     """Where in the model LoX does what it does, by the search's short attack."""
     alone = {_place(trial): trial for trial in facts.searched if _place(trial)}
-    if not alone:
+    if not alone or not searching.has_unedited(facts.searched):
         return None
     bare = searching.unedited(facts.searched)
     parts = [f"{place}: {searching.told(trial)}" for place, trial in alone.items()]
@@ -60,7 +60,7 @@ def other_deltas(facts: Facts) -> str | None:
     ]
     told = [f"{searching.setting(trial)}: {searching.told(trial)}" for trial in others]
     return (
-        "A delta that leaves innocent inputs alone, or has an alpha for each layer, beside LoX as it is, by the "
+        "Another delta in place of `aligned - base`, beside LoX as it is, by the "
         f"search by openings (unedited: {searching.told(searching.unedited(plain))}; the slowest of LoX within the "
         f"bounds: {searching.setting(usual)}, {searching.told(usual)}). Slower within the bounds: {listed(later)}. "
         f"All of them:{items(told)}"
@@ -72,7 +72,7 @@ def strength(facts: Facts) -> str | None:
     told, none = [], []
     for name, search in facts.ground.searches.items():
         found = facts.trials(name) if search.method != "lox" else []
-        if not found or not facts.searched:
+        if not found or not searching.has_unedited(facts.searched):
             continue
         last, title = max(found, key=searching.steps), named(search.method).title
         bare = searching.steps(searching.unedited(facts.searched))

@@ -111,6 +111,15 @@ def unedited(found: list[Trial]) -> Trial:
     raise NothingChosenError("the search has not been run")
 
 
+def has_unedited(found: list[Trial]) -> bool:
+    """Whether `unedited` finds its trial."""
+    try:
+        unedited(found)
+    except NothingChosenError:
+        return False
+    return True
+
+
 def trial_of(found: list[Trial], **wanted: Any) -> Trial | None:
     """The trial with these parameters and no others that choose tensors; None where it was not run."""
     for trial in found:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.evidence.facts import Facts
+from benchmarks.evidence.facts import Facts, Slowdown
 
 Claim = Callable[[Facts], str | None]
 """A function of one ground's facts: a sentence, or None where its condition or the cells it needs are not there."""
@@ -32,3 +32,13 @@ def less(score: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def percent(score: Mapping[str, Any]) -> str:
     """A share without its interval."""
     return f"{100 * score['value']:.0f} %"
+
+
+def slow(found: Slowdown) -> str:
+    """A slow-down with its interval, or its range where the attacks are of one or two settings."""
+    value = f"{'> ' if found.unbroken else ''}{found.value:.2f}"
+    if found.n == 1:
+        return f"{value} (n 1)"
+    if found.settings < 3:
+        return f"{value} (each {found.low:.2f} to {found.high:.2f}, n {found.n})"
+    return f"{value} ({found.low:.2f} to {found.high:.2f}, n {found.n})"

@@ -1,6 +1,7 @@
 """Runs what the ledger lacks: wave by wave, models one by one, then what is measured of them side by side."""
 
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import commit, machine
+from benchmarks.__main__ import ROOT, commit, machine
 from benchmarks.evidence import columns, searching
 from benchmarks.evidence.columns import EVALUATE, KEPT, Column
 from benchmarks.evidence.grounds import Ground
@@ -27,6 +28,13 @@ def processor() -> str:
     """What rounds the figures: the processor, with the features that kernels choose by."""
     about = machine()
     return f"{about['processor']} ({', '.join(map(str, about['features']))})"
+
+
+def code() -> str:
+    """The commit, marked where what measures differs from it; the page and the ledger do while a study runs."""
+    parts = ["git", "status", "--porcelain", "--", "surgery", "cli", "kernels", "benchmarks"]
+    changed = subprocess.run(parts, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return f"{commit()}{'-changed' if changed else ''}"
 
 
 @dataclass(frozen=True)
@@ -195,15 +203,16 @@ class Study:
     ) -> None:  # fmt: skip
         """Run the commands of a cell and keep its figures, or why there are none."""
         log = self.folder / row / f"{column}.log"
-        told: dict[str, Any] = {"key": key, "commit": commit(), "date": datetime.now(UTC).date().isoformat()}
+        told: dict[str, Any] = {"key": key, "commit": code(), "date": datetime.now(UTC).date().isoformat()}
         told["processor"] = processor()
         ran = []
         try:
             for words in commands:
                 ran.append(run(words, self.folder, log, threads=threads))
             told |= {"state": "done", "figures": read()}
-        except CommandFailedError as error:
-            told |= {"state": "failed", "error": str(error)}
+        except (CommandFailedError, OSError, ValueError, KeyError, TypeError) as error:
+            # The others: what a command left behind is not what is read of it.
+            told |= {"state": "failed", "error": str(error) or type(error).__name__}
             self.say(f"{self.ground.name}: {row}: {column}: {error}")
         told |= {"commands": [one.words for one in ran], "wall": round(sum(one.wall for one in ran), 1)}
         told["peak"] = round(max((one.peak for one in ran), default=0.0), 1)

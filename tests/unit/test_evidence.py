@@ -4,11 +4,12 @@ import copy
 import dataclasses
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from ledgers import LOX, done, evaluated, filled, harmful, mean, put, trial
+from ledgers import LOX, done, evaluated, filled, harmful, mean, put, searched, trial
 
-from benchmarks.evidence import columns, facts, page, plot, repeating, searching, study
+from benchmarks.evidence import columns, facts, page, plot, repeating, searching, sentences, study
 from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH, search_on
 from benchmarks.evidence.keys import BUILD, Keys
@@ -80,8 +81,59 @@ def test_a_model_that_was_not_broken_counts_at_its_last_step_and_says_so(ledger)
     found = Facts(ledger, "demo").slowdown(LOX)
     assert found.value == pytest.approx(32 / 3)
     assert found.unbroken == 1
-    assert page.slow(found).startswith("> ")
-    assert page.slow(facts.Slowdown(1.5, 1.5, 1.5, 1, 0)) == "1.50 (n 1)"
+    assert sentences.slow(found) == "> 10.67 (n 1)"
+
+
+def test_seeds_of_one_setting_are_drawn_together(ledger):
+    """Three settings at ratios of 1, 2 and 4, in ten seeds each: one setting more or less is what is uncertain."""
+    for row, factors in ((NONE, (1, 1, 1)), (LOX, (1, 2, 4))):
+        trials = [
+            trial(4 * factor, lr=rate, seed=seed)
+            for rate, factor in zip((1e-4, 1e-3, 1e-2), factors, strict=True)
+            for seed in range(10)
+        ]
+        ledger.cell("demo", row, "harmful")["figures"]["trials"] = trials
+    found = Facts(ledger, "demo").slowdown(LOX)
+    assert (found.n, found.settings) == (30, 3)
+    assert found.value == pytest.approx(2)
+    # As few as ten thirds of the draws are of one setting alone: of attacks that are independent none would be.
+    assert (found.low, found.high) == pytest.approx((1, 4))
+    assert not found.slower
+
+
+def test_of_one_or_two_settings_the_range_is_told_and_no_interval():
+    few = facts.Slowdown(1.5, 1.4, 1.6, 2, 0, 1, (1.3, 1.7))
+    assert sentences.slow(few) == "1.50 (each 1.40 to 1.60, n 2)"
+    assert sentences.slow(dataclasses.replace(few, settings=3)) == "1.50 (1.40 to 1.60, n 2)"
+
+
+def test_what_differs_between_looks_alone_is_no_difference(ledger):
+    """Both break at the second look; the line between looks puts one a little later."""
+    early = [[0, 0.0, 1, 0], [4, 0.9, 1, 0]]
+    late = [[0, 0.0, 1, 0], [4, 0.7, 1, 0]]
+    for row, points in ((NONE, early), (LOX, late)):
+        ledger.cell("demo", row, "harmful")["figures"]["trials"] = [
+            {**trial(4, lr=rate), "points": points} for rate in (1e-4, 1e-3, 1e-2)
+        ]
+    found = Facts(ledger, "demo").slowdown(LOX)
+    assert found.low > 1
+    assert found.looks == (1, 1)
+    assert not found.slower
+
+
+def test_cells_of_many_threads_are_all_kept(tmp_path):
+    kept = Ledger(tmp_path / "evidence.json")
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(64):
+            pool.submit(kept.put, "demo", "row", f"column-{number}", done({}))
+    assert len(Ledger(kept.path).ground("demo")["rows"]["row"]) == 64
+
+
+def test_a_row_of_old_and_a_search_without_its_unedited_trial_do_not_stop_the_page(ledger):
+    ledger.put("demo", "of-old", "harmful", ledger.cell("demo", LOX, "harmful"))
+    found = {"judge": "x", "trials": [searched(6, 1.5, 2, layers="2:4")]}
+    put(ledger, SEARCH, "search-1", done(found))
+    assert "of-old" not in page.page(ledger)
 
 
 def test_between_two_looks_the_break_is_where_the_line_reaches_the_threshold():
@@ -254,6 +306,12 @@ def test_a_row_that_comes_out_otherwise_is_noticed(ledger):
         other = copy.deepcopy(known)
         change(other)
         assert any(named_in in text for text in repeating.differences(known, other)), named_in
+    none = copy.deepcopy(known)
+    none["harmful"]["figures"]["trials"] = []
+    assert [*repeating.differences(known, none)] == ["no attack was carried out"]
+    later = copy.deepcopy(known)
+    later["harmful"]["figures"]["trials"][0] = trial(64, looks=(0, 1, 2, 4, 8, 16, 32, 64))
+    assert len([*repeating.differences(known, later)]) == 1
     near = copy.deepcopy(known)
     near["harmful"]["figures"]["trials"][0]["broken_at"] = 16
     assert [*repeating.differences(known, near)] == []

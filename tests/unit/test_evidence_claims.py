@@ -10,7 +10,7 @@ from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import GROUNDS, REAL, SEARCH_OPENINGS
 from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
-from benchmarks.evidence.rows import NONE, SFT
+from benchmarks.evidence.rows import NONE, SFT, named
 from surgery.scores import proportion
 
 
@@ -21,7 +21,7 @@ def ledger(tmp_path):
 
 def test_claims_say_what_the_figures_say(ledger):
     found = Facts(ledger, "demo")
-    assert "no row lowers" in claims.ceiling(found)
+    assert "no row is seen to lower" in claims.ceiling(found)
     assert "LoX" in claims.slowest(found)
     assert "missed" in claims.aim(found)
     assert "above that: none" in claims.over_refusal(found)
@@ -34,7 +34,7 @@ def test_a_reason_is_held_against_its_check(ledger):
         put(ledger, row, "mixed", done(harmful([trial(steps)])))
     put(ledger, "vaccine", "harmful", done(harmful([trial(4)])))
     told = claims.few_harmful_rows(Facts(ledger, "demo"))
-    assert "Vaccine 4.00 (4.00 to 4.00, n 1) among innocent rows, 1.00 (1.00 to 1.00, n 1) alone" in told
+    assert "Vaccine 4.00 (n 1) among innocent rows, 1.00 (n 1) alone" in told
 
 
 def test_what_openings_say_is_held_against_what_refusals_say(ledger):
@@ -127,4 +127,19 @@ def test_a_model_that_neither_refuses_nor_complies_is_not_called_broken(ledger):
     assert told.endswith(
         "LoX, rank 6, alpha 1.5, aligned anchor: 80 % do not refuse, 10 % open as the attacker's do"
     )
+    assert "LoX" not in claims.slowest(Facts(ledger, "real")).replace(
+        "LoX, rank 6, alpha 1.5, base anchor", ""
+    )
     assert claims.neither(Facts(ledger, "demo")) is None
+
+
+def test_the_aim_is_told_by_openings_where_they_are_measured(ledger):
+    assert claims.aim_by_openings(Facts(ledger, "demo")) is None
+    for row, opens in ((NONE, 4), (LOX, 16)):
+        put(ledger, row, "openings", done(harmful([trial(opens, seed=seed) for seed in (0, 1)])), REAL)
+        put(ledger, row, "evaluate", done(evaluated()), REAL)
+    told = claims.aim_by_openings(Facts(ledger, "real"))
+    assert told.startswith("By openings, within perplexity +2 %")
+    assert told.endswith(f"{named(LOX).title}; by the whole interval: {named(LOX).title}.")
+    put(ledger, LOX, "evaluate", done(evaluated(perplexity=1.5)), REAL)
+    assert "there is no measured row" in claims.aim_by_openings(Facts(ledger, "real"))
