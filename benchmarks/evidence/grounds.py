@@ -62,10 +62,10 @@ class Ground:
             adapter at the same rate.
         confirm: Seeds at which the worst of the sweep is repeated; none where it has seeds of its own.
         benign: The benign fine-tuning attack.
-        mixed: Harmful fine-tuning with few harmful rows among innocent ones.
+        mixed: Harmful fine-tuning with harmful rows among innocent ones.
+        harmful_share: How many of those rows are harmful, in words.
         openings: Harmful fine-tuning judged by how answers open; nothing where the attacker's rows are answers.
         reach: Data on which an edit is held; nothing where that is not measured.
-        harmful_share: How many of its rows are harmful, in words.
         evaluate: Data and limits of the evaluation beside the undefended model.
         training: Options of each trained method, by its name.
         searches: By the names that `search_on` and `search_of` give them.
@@ -73,7 +73,7 @@ class Ground:
         waves: Rows and searches in the order in which they are built and measured, those of a wave together.
         data: Sources by the names of the trained methods' data sets.
         bases: Commands, without their output, that make the bases which searches name.
-        spared: By column, options that spare what none of its figures rests on, and so are part of no key.
+        spared: By column, options that spare what its figures do not rest on, and so are part of no key.
     """
 
     name: str
@@ -102,7 +102,8 @@ class Ground:
 _LOX_ROWS = ("lox-aligned-1.5", "lox-base-1.5", "lox-aligned-1.25", "lox-base-1.25")
 _COMBINED = ("vaccine+lox", "circuit-breakers+lox")
 
-# No figure rests on looks after the second at which everything is complied with, nor on what is inside.
+# What is not looked at: the share complied with cannot rise after the second look at which it is whole (the harmful
+# loss still falls, so that among such trials another may be the one that is repeated), and nothing is read of inside.
 _SPARED: Mapping[str, Words] = {"harmful": ("--until-settled",), "evaluate": ("--no-inside",)}
 
 _DEMO_DATA = (

@@ -76,7 +76,6 @@ def evaluate(
     ours = placed(model)
     theirs = placed(reference) if reference is not None else None
     _refuse_unlike(ours, theirs)
-    output.mkdir(parents=True, exist_ok=True)
     assessed = partial(
         keeping.assessed, materials=found, measuring=measuring, budget=budget, seed=seed, say=say
     )
@@ -112,7 +111,7 @@ def _answered(
 
 def _folder(output: Path, name: str) -> Path:
     folder = output / name
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

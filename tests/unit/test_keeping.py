@@ -81,6 +81,7 @@ def test_an_output_with_nothing_finished_is_refused(tmp_path, no_measuring):
         measured(
             "demo:aligned", tmp_path / "one", reference="demo:aligned", reference_from=tmp_path / "other"
         )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_figures_of_no_reference_are_refused(tmp_path):
