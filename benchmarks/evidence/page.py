@@ -171,12 +171,12 @@ def _percent(score: dict[str, Any] | None) -> str:
     return f"{100 * score['value']:.0f} %{ends}"
 
 
-def _number(score: dict[str, Any] | None, digits: int) -> str:
+def _number(score: dict[str, Any] | None, digits: int, style: str = "f") -> str:
     if score is None or score.get("value") is None:
         return ""
-    if score.get("low") is None:
-        return f"{score['value']:.{digits}f}"
-    return f"{score['value']:.{digits}f} ({score['low']:.{digits}f} to {score['high']:.{digits}f})"
+    ends = (score["value"],) if score.get("low") is None else (score["value"], score["low"], score["high"])
+    value, *interval = (f"{end:.{digits}{style}}" for end in ends)
+    return f"{value} ({' to '.join(interval)})" if interval else value
 
 
 def _state(facts: Facts, row: Row, column: str) -> str | None:
@@ -243,12 +243,12 @@ def _share(name: str) -> Cell:
     return _of("evaluate", lambda facts, row: _percent(facts.metric(row.name, name)))
 
 
-def _reached(name: str, digits: int) -> Cell:
+def _reached(name: str, digits: int, style: str = "f") -> Cell:
     """Of an edit's reach one figure with its quartiles."""
 
     def spelled(facts: Facts, row: Row) -> str:
         found = facts.figures(row.name, "reach")
-        return "" if found is None else _number(found[name], digits)
+        return "" if found is None else _number(found[name], digits, style)
 
     return _of("reach", spelled)
 
@@ -272,7 +272,7 @@ _OPENINGS = (
     ("slow-down", _slower("openings")),
 )  # fmt: skip
 _REACH = (
-    ("change", _reached("change", 4)), ("selectivity", _reached("selectivity", 2)),
+    ("change", _reached("change", 1, "e")), ("selectivity", _reached("selectivity", 2)),
     ("shared", _reached("shared", 2)), ("in share of directions", _reached("directions", 3)),
 )  # fmt: skip
 _COST = (

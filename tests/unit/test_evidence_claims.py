@@ -102,7 +102,7 @@ def test_an_edit_that_is_for_every_request_alike_is_said_to_be(ledger):
     found = claims.reach(Facts(ledger, "real"))
     assert "1.20 times as much on harmful requests as on innocent ones, 90 % of it through 1.0 %" in found
     assert "are the edits of LoX, rank 6, alpha 1.5, aligned anchor. What" in found
-    assert "| 0.0200 | 4.00 | 0.90 | 0.010 |" in page.page(ledger)
+    assert "| 2.0e-02 | 4.00 | 0.90 | 0.010 |" in page.page(ledger)
 
 
 def test_shares_are_told_apart_by_the_interval_of_their_difference():
