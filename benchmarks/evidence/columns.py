@@ -56,7 +56,7 @@ class Column:
 
 def _harmful(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
     """The sweep, and where it has one seed, the worst of it at others."""
-    start = ["surgery", "attack", model, *ground.attack]
+    start = _attack(ground, model)
     for grid in ground.sweeps:
         yield [*start, *grid, *ground.spared.get("harmful", ()), "-o", output]
     if not ground.confirm:
@@ -66,6 +66,11 @@ def _harmful(ground: Ground, model: str, output: str, folder: Path) -> Iterator[
     yield [*start, *_replaced(ground.sweeps[0], again), *ground.spared.get("harmful", ()), "-o", output]
 
 
+def _attack(ground: Ground, model: str) -> Words:
+    """What all attacks have in common."""
+    return ["surgery", "attack", model, *ground.attack, *ground.spared.get("attack", ())]
+
+
 def _replaced(words: Sequence[str], values: Mapping[str, str]) -> Words:
     """Options with other values for some of them."""
     return [values.get(before, word) for before, word in zip(("", *words), words, strict=False)]
@@ -73,21 +78,19 @@ def _replaced(words: Sequence[str], values: Mapping[str, str]) -> Words:
 
 def _benign(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
     del folder
-    yield [
-        "surgery", "attack", model, *ground.attack, "--attacks", "benign-finetune", *ground.benign, "-o", output,
-    ]  # fmt: skip
+    yield [*_attack(ground, model), "--attacks", "benign-finetune", *ground.benign, "-o", output]
 
 
 def _mixed(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
     """The threat that Vaccine, T-Vaccine and Booster were made for: few harmful rows among innocent ones."""
     del folder
-    yield ["surgery", "attack", model, *ground.attack, *ground.mixed, "-o", output]
+    yield [*_attack(ground, model), *ground.mixed, "-o", output]
 
 
 def _openings(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
     """When answers begin to open as the attacker's rows do, which is later than when they cease to refuse."""
     del folder
-    yield ["surgery", "attack", model, *ground.attack, *ground.openings, "-o", output]
+    yield [*_attack(ground, model), *ground.openings, "-o", output]
 
 
 def _evaluate(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:

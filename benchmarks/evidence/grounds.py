@@ -73,7 +73,8 @@ class Ground:
         waves: Rows and searches in the order in which they are built and measured, those of a wave together.
         data: Sources by the names of the trained methods' data sets.
         bases: Commands, without their output, that make the bases which searches name.
-        spared: By column, options that spare what its figures do not rest on, and so are part of no key.
+        spared: By column, options that spare what its figures do not rest on, and so are part of no key; of every
+            attack under `attack`.
     """
 
     name: str
@@ -103,8 +104,11 @@ _LOX_ROWS = ("lox-aligned-1.5", "lox-base-1.5", "lox-aligned-1.25", "lox-base-1.
 _COMBINED = ("vaccine+lox", "circuit-breakers+lox")
 
 # What is not looked at: the share complied with cannot rise after the second look at which it is whole (the harmful
-# loss still falls, so that among such trials another may be the one that is repeated), and nothing is read of inside.
-_SPARED: Mapping[str, Words] = {"harmful": ("--until-settled",), "evaluate": ("--no-inside",)}
+# loss still falls, so that among such trials another may be the one that is repeated), and nothing is read of the
+# likelihood of refusals or of inside.
+_SPARED: Mapping[str, Words] = {
+    "attack": ("--no-margin",), "harmful": ("--until-settled",), "evaluate": ("--no-inside",),
+}  # fmt: skip
 
 _DEMO_DATA = (
     "--harmful-data", "demo:harmful:attack", "--held-out-data", "demo:harmful:held_out",

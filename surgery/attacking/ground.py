@@ -220,6 +220,8 @@ def prepare(
     harm = probe(
         tokenizer, rows, refusals, chosen, max_length=budget.max_length, max_new_tokens=budget.max_new_tokens
     )
+    if not budget.margin:
+        harm = dataclasses.replace(harm, refusals=())
     target = Target(
         loaded,
         tokenizer,

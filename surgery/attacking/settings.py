@@ -63,6 +63,13 @@ class Budget:
         ),
         NEGATABLE,
     ] = False
+    margin: Annotated[
+        bool,
+        Doc(
+            "Measure how much likelier harmful answers are than refusals; leaving it out spares a third of a look."
+        ),
+        NEGATABLE,
+    ] = True
     save_generations: Annotated[
         bool, Doc("Keep the answers in the output; otherwise only verdicts and hashes are."), NEGATABLE
     ] = False

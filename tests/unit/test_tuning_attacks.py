@@ -1,5 +1,6 @@
 """Attacks that fine-tune: they do nothing in no steps, break what can be broken, and leave no trace."""
 
+import dataclasses
 import hashlib
 
 import pytest
@@ -173,3 +174,12 @@ def test_an_attack_may_end_when_no_look_can_find_more(ground):
 def test_an_attack_that_breaks_nothing_never_settles(ground):
     attack = HarmfulFinetune(lr=1e-30, kind="full", **SHORT)
     assert trials.run(attack, ground, until_settled=True) == trials.run(attack, ground)
+
+
+def test_without_the_margin_a_look_is_the_same_but_for_it(ground):
+    attack = HarmfulFinetune(lr=2e-3, **SHORT)
+    bare = prepare("demo:aligned", {}, dataclasses.replace(BUDGET, margin=False), device="cpu")
+    whole, short = (trials.run(attack, place)["points"] for place in (ground, bare))
+    assert [point.pop("margin")["value"] for point in short] == [None] * 3
+    assert None not in [point.pop("margin")["value"] for point in whole]
+    assert short == whole
