@@ -20,7 +20,7 @@ _SETS = {
     "retain": "Requests with the answers it must keep: ",
 }
 # Given, they say that an adapter is to be trained.
-_ADAPTER = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
+_ADAPTER = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "spare")
 # Of the options of a run: reading order of a pair, and streaming, are no matters of one model that is loaded.
 _NOT_HERE = ("stream", "allow_pickle", "i_checked_the_order")
 

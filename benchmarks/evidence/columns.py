@@ -160,6 +160,8 @@ def _report(output: Path) -> dict[str, Any]:
     } | {"judge": found["judge"]}
 
 
+_REROUTED = ("circuit-breakers", "circuit-breakers-sparing")
+
 COLUMNS: tuple[Column, ...] = (
     Column("harmful", "Harmful fine-tuning, swept", _harmful, _curves),
     Column("benign", "Benign fine-tuning", _benign, _curves),
@@ -176,7 +178,7 @@ COLUMNS: tuple[Column, ...] = (
         "What the edit does to harmful and innocent inputs",
         _reach,
         _reached,
-        (SFT, "lox-aligned-1.5", "lox-base-1.5", "lox-best", "vaccine", "circuit-breakers"),
+        (SFT, "lox-aligned-1.5", "lox-base-1.5", "lox-best", "vaccine", *_REROUTED),
         on=("real",),
     ),
     Column(EVALUATE, "Utility, refusal ablation, trainability", _evaluate, _report),

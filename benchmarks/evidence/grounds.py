@@ -166,7 +166,7 @@ DEMO = Ground(
     waves=(
         (SEARCH,),
         ("none", "sft", *_LOX_ROWS, "lox-best", "vaccine", "t-vaccine", "booster", "circuit-breakers",
-         "condition-number", *_COMBINED, "mlac", "tar"),
+         "circuit-breakers-sparing", "condition-number", *_COMBINED, "mlac", "tar"),
         (search_on("circuit-breakers"), *map(search_of, ("vaccine", "t-vaccine", "booster", "condition-number"))),
         ("circuit-breakers+lox-best",),
     ),
@@ -292,7 +292,7 @@ REAL = Ground(
         (NONE, "lox-aligned-1.5"),
         (SEARCH, SEARCH_OPENINGS),
         ("lox-best", "sft", "lox-base-1.5", "lox-aligned-1.25", "lox-base-1.25"),
-        ("circuit-breakers", "vaccine", *_COMBINED),
+        ("circuit-breakers", "circuit-breakers-sparing", "vaccine", *_COMBINED),
         (search_on("circuit-breakers"),),
         ("circuit-breakers+lox-best",),
         ("booster", "t-vaccine", "condition-number"),

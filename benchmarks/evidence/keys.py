@@ -22,6 +22,9 @@ MODEL = "model"
 
 _SETS = ("aligned", "harmful", "retain")
 
+# Options of training that came when there were figures, with the values at which they do nothing.
+_LATER = {"spare": 0.0}
+
 Cells = dict[str, dict[str, Any]]
 
 
@@ -103,14 +106,13 @@ class Keys:
         yield from (word.format(**models) for word in row.command[1:])
         if row.options == (CHOSEN,):
             yield from searching.chosen(searching.trials(self.current_searches(search_on(row.on or NONE))))
-        elif row.method != "lox":
-            yield from self._training(row.method)
         else:
+            yield from self._training(row.method)
             yield from row.options
 
     def _training(self, method: str) -> Iterator[str]:
-        """Options of a trained method on this ground, its data among them."""
-        needs = _trained(method).data
+        """Options of a trained method on this ground, its data among them; none of LoX."""
+        needs = () if method == "lox" else _trained(method).data
         for name in _SETS:
             if name in needs and name in self.ground.data:
                 yield from (f"--{name}-data", self.ground.data[name])
@@ -157,5 +159,6 @@ def _defaults(method: str) -> list[str]:
     """What a method does where its command says nothing: a change of that is another row."""
     if method in ("", "lox"):
         return []
-    kind = _trained(method)
-    return [json.dumps(presets.defaults(kind, preset), sort_keys=True) for preset in ("paper", "small")]
+    usual = [presets.defaults(_trained(method), preset) for preset in ("paper", "small")]
+    known = [dict(pair for pair in one.items() if pair not in _LATER.items()) for one in usual]
+    return [json.dumps(one, sort_keys=True) for one in known]

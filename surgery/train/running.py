@@ -7,7 +7,7 @@ through -> `OUT`. The model is loaded to be trained and never saved: the files c
 import gc
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from surgery.options import Options
 from surgery.pipeline import Outcome
 from surgery.processes import team
 from surgery.train import data as data_sets
-from surgery.train import network, record
+from surgery.train import network, record, sparing
 from surgery.train.crew import Crew, assemble
 from surgery.train.deltas import write_deltas
 from surgery.train.feed import Feed
@@ -155,6 +155,8 @@ def _prepare(
     streams = method.streams({name: one.rows for name, one in sets.items()}, options.seed)
     kept = target if options.as_lora else target.with_name(target.name + "-adapter")
     crew = assemble(options.device, track=training.track, logs=target.with_name(target.name + "-logs"))
+    if training.spare:
+        sparing.require(method, crew)
     return _Job(
         method, source, checkpoint, tokenizer, sets, streams, training, options, columns, target, kept, crew
     )
@@ -244,7 +246,10 @@ class _Job:
         model = network.make_trainable(model, self.method, self.training, label=label, seed=self.options.seed)
         states = States(staging.path, label, writes=leads)
         feed = self._feed()
-        run = Run(self.method, model, feed, self.training, self.options.seed, self.crew, states, autocast)
+        run = Run(
+            self.method, model, feed, self.training, self.options.seed, self.crew, states, autocast,
+            self._optimiser(model),
+        )  # fmt: skip
         with tracking(self.crew, self.training, self.method, progress) as told:
             history = run.fit(told)
         result = staging.path / _RESULT
@@ -263,6 +268,15 @@ class _Job:
         if self.crew.device.type == "cuda":
             torch.cuda.empty_cache()
         return history
+
+    def _optimiser(self, model: torch.nn.Module) -> Callable[..., torch.optim.Optimizer]:
+        """AdamW; with directions to spare it ends every step without them."""
+        if not self.training.spare:
+            return torch.optim.AdamW
+        rows = self.sets["retain"].rows
+        spared = sparing.find(self.crew.place(model), rows, self.training.spare, seed=self.options.seed)
+        spared.project(model)
+        return spared.optimiser(model, torch.optim.AdamW)
 
     def _feed(self) -> Feed:
         ends = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id

@@ -39,6 +39,13 @@ class Training:
             "Names of the linear layers that get the adapter, as q_proj,v_proj; by default all of a block's."
         ),
     ] = None
+    spare: Annotated[
+        float,
+        Doc(
+            "Share of the energy of the retain rows' inputs whose directions the adapter leaves alone, 0 to 1; 0: "
+            "none."
+        ),
+    ] = 0.0
     full: Annotated[bool, Doc("Train all weights, not an adapter."), NEGATABLE] = False
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"],
@@ -63,11 +70,13 @@ class Training:
         self._require("max_length", self.max_length >= 2, "at least 2")
         for name in ("lr", "clip", "lora_alpha"):
             self._require(name, 0 < getattr(self, name) < float("inf"), "a number above 0")
-        for name in ("warmup", "lora_dropout"):
+        for name in ("warmup", "lora_dropout", "spare"):
             self._require(name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
         self._require("weight_decay", 0 <= self.weight_decay < float("inf"), "0 or above")
         if self.full and self.lora_targets is not None:
             raise UsageError("--full trains all weights, --lora-targets an adapter; give one of them")
+        if self.full and self.spare:
+            raise UsageError("--full trains all weights, --spare an adapter; give one of them")
 
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from ledgers import LOX, done, evaluated, filled, harmful, mean, put, searched, trial
 
-from benchmarks.evidence import columns, facts, page, plot, repeating, searching, sentences, study
+from benchmarks.evidence import columns, facts, keys, page, plot, repeating, searching, sentences, study
 from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH, search_on
 from benchmarks.evidence.keys import BUILD, Keys
@@ -339,3 +339,14 @@ def test_where_only_the_figures_of_the_undefended_model_are_left_it_is_evaluated
     assert len(ran) == 1
     [found] = column[0].commands(DEMO, "vaccine/model", "out", tmp_path)
     assert found[found.index("--reference-from") + 1] == output
+
+
+def test_an_option_that_came_later_changes_no_key_until_it_is_used(ledger, monkeypatch):
+    row = named("circuit-breakers")
+    before = Keys(REAL, ledger, "x").row(row, "build")
+    monkeypatch.setattr(keys, "_LATER", {})
+    assert Keys(REAL, ledger, "x").row(row, "build") != before
+    monkeypatch.undo()
+    assert Keys(REAL, ledger, "x").row(named("circuit-breakers-sparing"), "build") != before
+    monkeypatch.setattr(keys, "_LATER", {"spare": 0.5})
+    assert Keys(REAL, ledger, "x").row(row, "build") != before

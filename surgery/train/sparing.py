@@ -1,0 +1,190 @@
+"""An adapter that leaves innocent inputs alone: what it does along their leading directions is taken out each step.
+
+With X the inputs that a linear layer gets on the tokens of retain rows, (tokens, in), and Q, (in, m), the fewest
+right singular vectors of X that carry a share of its energy ||X||_F^2, every step ends with
+
+    A <- A - (A Q) Q^T
+
+so that B A Q = 0: the layer's output along Q stays what it was, and training has the other directions. X is not
+centred: what is to stay is the output, not its spread. Inputs of language models have most of their energy in a few
+directions that all texts share (SmolLM2-135M: 90 % in some hundredths of them), which an edit can do without.
+
+This is projected gradient descent on the adapter; for the idea of training only where earlier inputs have no energy
+see Saha, Garg, Roy: "Gradient Projection Memory for Continual Learning", ICLR 2021, https://arxiv.org/abs/2103.09762.
+Theirs is sequential tasks and the gradient of whole weights; here it is the adapter's A itself, so that what Adam
+makes of a projected gradient cannot leave the subspace either.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import UsageError
+from surgery.train import blocks, perturb
+from surgery.train.crew import Crew
+from surgery.train.feed import drawn, padded
+from surgery.train.step import TrainedMethod
+from surgery.train.tokens import Example
+
+# Tokens that inputs are looked at on, and the memory that they may take: blocks are gone through in groups of it.
+_TOKENS = 4096
+_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Sparing:
+    """The directions that an adapter is kept out of.
+
+    Attributes:
+        directions: By the name of an adapted layer Q, (in, m), orthonormal, float32.
+    """
+
+    directions: Mapping[str, Tensor]
+
+    @torch.no_grad()
+    def project(self, model: nn.Module) -> None:
+        """Take out of every A what it does along the directions, in float64."""
+        for name, basis in self.directions.items():
+            down: Any = _factor(model.get_submodule(name))
+            wide, away = down.double(), basis.to(down.device).double()
+            down.copy_(wide - (wide @ away) @ away.T)
+
+    def optimiser(
+        self, model: nn.Module, kind: Callable[..., torch.optim.Optimizer]
+    ) -> Callable[..., torch.optim.Optimizer]:
+        """A kind of optimiser after whose every step the model is projected."""
+
+        def made(*given: Any, **named: Any) -> torch.optim.Optimizer:
+            found = kind(*given, **named)
+            found.register_step_post_hook(lambda *_: self.project(model))
+            return found
+
+        return made
+
+
+def require(method: TrainedMethod, crew: Crew) -> None:
+    """Refuse a run that has no inputs to spare, or no process that could look at them.
+
+    Raises:
+        UsageError: The method has no retain rows, or the model is cut over processes.
+    """
+    if "retain" not in method.sets():
+        raise UsageError(
+            f"--spare leaves the inputs of retain rows alone, and {method.title} has none; leave it out"
+        )
+    if crew.sharded:
+        raise UsageError(
+            "--spare needs the whole model in every process; start without FSDP, or leave it out"
+        )
+
+
+def find(model: nn.Module, rows: Sequence[Example], share: float, *, seed: int) -> Sparing:
+    """The leading directions of what a model's adapted layers get as input.
+
+    Args:
+        model: With an adapter of PEFT, which does nothing meanwhile; on any device, whole.
+        rows: Tokenised; as many are drawn by the seed as have 4096 tokens, prompt and response alike.
+        share: Of the energy that the directions carry, above 0 and below 1.
+        seed: Draws the rows.
+    """
+    found, chosen = blocks.find(model), _sample(rows, seed)
+    names = {id(module): name for name, module in model.named_modules() if _is_adapted(module)}
+    parts = [
+        {names[id(module)]: module for module in layer.modules() if id(module) in names}
+        for layer in found.layers
+    ]
+    directions: dict[str, Tensor] = {}
+    for begin, end in _groups(parts):
+        watched = {name: module for part in parts[begin:end] for name, module in part.items()}
+        with blocks.shortened(found, end):
+            for alike, inputs in _inputs(model, watched, chosen):
+                basis = leading(inputs, share).float()
+                directions |= dict.fromkeys(alike, basis)
+    return Sparing(directions)
+
+
+def leading(inputs: Tensor, share: float) -> Tensor:
+    """The fewest right singular vectors of (tokens, in) that carry a share of the energy: (in, m), float64."""
+    wide = inputs.double()
+    few = wide.shape[0] < wide.shape[1]
+    values, vectors = torch.linalg.eigh(wide @ wide.T if few else wide.T @ wide)
+    energy = values.flip(0).clamp_min(0).cumsum(0)
+    chosen = vectors.flip(1)[:, : int((energy < share * energy[-1]).sum()) + 1]
+    # From left singular vectors to right ones; QR takes out what squaring the singular values cost.
+    return torch.linalg.qr(wide.T @ chosen)[0] if few else chosen
+
+
+def _sample(rows: Sequence[Example], seed: int) -> list[Example]:
+    chosen: list[Example] = []
+    for place in drawn(len(rows), 0, len(rows), seed, "spared"):
+        if sum(len(row.tokens) for row in chosen) >= _TOKENS:
+            break
+        chosen.append(rows[place])
+    return chosen
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return "default" in getattr(module, "lora_A", {})
+
+
+def _factor(module: nn.Module) -> Tensor:
+    """A of an adapted layer, (rank, in)."""
+    factors: Any = module.lora_A
+    weight: Tensor = factors["default"].weight
+    return weight
+
+
+def _groups(parts: Sequence[Mapping[str, nn.Module]]) -> Iterator[tuple[int, int]]:
+    """Runs of blocks whose inputs fit into memory together, at least one block each."""
+    begin, held = 0, 0
+    for index, part in enumerate(parts):
+        own = sum(4 * _TOKENS * _factor(module).shape[1] for module in part.values())
+        if index > begin and held + own > _BYTES:
+            yield begin, index
+            begin, held = index, 0
+        held += own
+    yield begin, len(parts)
+
+
+@torch.no_grad()
+def _inputs(
+    model: Any, watched: Mapping[str, nn.Module], rows: Sequence[Example]
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """What layers get as input on the rows' tokens, float32; layers that are given the same tensor together."""
+    device = next(model.parameters()).device
+    given: dict[str, Tensor] = {}
+    seen: dict[tuple[str, ...], list[Tensor]] = {}
+    with _noted(watched, given), perturb.evaluating(model), model.disable_adapter():
+        for row in rows:
+            # One by one: what an expert gets says no more of which tokens are padding.
+            batch = padded([row], 0, device)
+            model(input_ids=batch.tokens, attention_mask=batch.attended, use_cache=False, logits_to_keep=1)
+            alike: dict[int, list[str]] = {}
+            for name, tensor in given.items():
+                alike.setdefault(id(tensor), []).append(name)
+            for names in alike.values():
+                tensor = given[names[0]]
+                seen.setdefault(tuple(names), []).append(tensor.reshape(-1, tensor.shape[-1]).float())
+            given.clear()
+    for names, tensors in seen.items():
+        yield names, torch.cat(tensors)
+
+
+@contextmanager
+def _noted(watched: Mapping[str, nn.Module], given: dict[str, Tensor]) -> Iterator[None]:
+    """A block in which each forward pass leaves what the layers were given."""
+
+    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        given[name] = inputs[0]
+
+    handles = [module.register_forward_pre_hook(partial(note, name)) for name, module in watched.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

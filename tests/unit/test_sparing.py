@@ -1,0 +1,132 @@
+"""What an adapter is kept out of: the directions by themselves, in a whole run, and what cannot have them."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_setup import plain, rows, trainable
+
+from surgery.checkpoint.layout import open_checkpoint
+from surgery.errors import UsageError
+from surgery.methods.circuit_breakers import CircuitBreakers
+from surgery.methods.vaccine import Vaccine
+from surgery.options import Options
+from surgery.testing import tiny_model
+from surgery.train import network, sparing
+from surgery.train.crew import Crew
+from surgery.train.running import immunise
+from surgery.train.training import Training
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHARE = 0.8
+# All tokens of these, so that whoever computes the inputs again has the same.
+ROWS = rows(40)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def inputs_of(folder):
+    """What every linear layer of the blocks is given on the rows, by its name: (tokens, in), float64."""
+    model = network.load_model(open_checkpoint(folder, "tiny"), torch.float32).eval()
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            module.register_forward_hook(
+                lambda module, given, out, name=name: found.setdefault(name, []).append(given[0][0].double())
+            )
+    with torch.no_grad():
+        for row in ROWS:
+            model(input_ids=torch.tensor([row.tokens]))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("shape", [(300, 20), (15, 40)], ids=["many tokens", "few tokens"])
+def test_the_fewest_directions_that_carry_the_share(shape):
+    source = torch.Generator().manual_seed(1)
+    scales = torch.logspace(0, -3, shape[1])
+    inputs = torch.randn(shape, generator=source) * scales
+    found = sparing.leading(inputs, SHARE)
+    values, right = torch.linalg.svd(inputs.double(), full_matrices=False)[1:]
+    count = found.shape[1]
+    energy = values.square().cumsum(0) / values.square().sum()
+    assert energy[count - 1] >= SHARE
+    assert count == 1 or energy[count - 2] < SHARE
+    assert count < len(values)
+    expected = right[:count].T @ right[:count]
+    torch.testing.assert_close(found @ found.T, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("held", [2**30, 1], ids=["at once", "block by block"])
+def test_directions_are_those_of_the_bare_model_whatever_its_adapter_does(folder, monkeypatch, held):
+    monkeypatch.setattr(sparing, "_BYTES", held)
+    model = trainable(folder, CircuitBreakers(), plain(), noise=1.0)
+    found = sparing.find(model, ROWS, SHARE, seed=3).directions
+    expected = inputs_of(folder)
+    prefix = "base_model.model."
+    assert {name.removeprefix(prefix) for name in found} <= expected.keys()
+    assert len(found) == sum(hasattr(module, "lora_A") for module in model.modules())
+    for name, basis in found.items():
+        wanted = sparing.leading(expected[name.removeprefix(prefix)], SHARE)
+        assert basis.shape == wanted.shape, name
+        torch.testing.assert_close((basis @ basis.T).double(), wanted @ wanted.T, rtol=0, atol=1e-5)
+
+
+def along(factors, name, basis):
+    """How much of a layer's update, B A, acts along directions, 0 to 1."""
+    down, up = (factors[f"{name}.lora_{factor}.weight"].double() for factor in "AB")
+    return float((up @ down @ basis.double()).norm() / (up @ down).norm())
+
+
+def test_a_trained_adapter_does_nothing_along_them(tmp_path, monkeypatch):
+    """By the files that a run leaves, also one that was taken up again; without the option it acts along them."""
+    monkeypatch.chdir(tmp_path)
+    known, project = {}, sparing.Sparing.project
+
+    def noted(self, model):
+        known.update(self.directions)
+        project(self, model)
+
+    def trained(output, spare, progress=None):
+        training = plain(steps=6, batch_size=4, lr=5e-3, spare=spare)
+        method, options = CircuitBreakers(form="relative"), Options(as_lora=True)
+        done = immunise(
+            method, model="demo:aligned", output=output, training=training, options=options, progress=progress
+        )
+        assert done.record["training"]["spare"] == spare
+        return load_file(done.output / "adapter_model.safetensors")
+
+    def stop(done, *_):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sparing.Sparing, "project", noted)
+    spared = trained("spared", SHARE)
+    assert len(known) == len(spared) // 2
+    assert max(along(spared, name, basis) for name, basis in known.items()) < 1e-6
+    with pytest.raises(KeyboardInterrupt):
+        trained("again", SHARE, stop)
+    again = trained("again", SHARE)
+    assert all(torch.equal(again[name], spared[name]) for name in spared)
+    usual = trained("usual", 0.0)
+    assert min(along(usual, name, basis) for name, basis in known.items()) > 0.02
+
+
+@pytest.mark.parametrize("given", [{"spare": 1.0}, {"spare": -0.1}, {"spare": 0.5, "full": True}])
+def test_shares_that_make_no_sense_are_refused(given):
+    with pytest.raises(UsageError, match="spare"):
+        Training(**given)
+
+
+def test_a_method_without_retain_rows_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="Vaccine has none"):
+        immunise(Vaccine(), model="demo:aligned", output="out", training=Training(spare=0.5))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_model_that_is_cut_over_processes_is_refused():
+    with pytest.raises(UsageError, match="without FSDP"):
+        sparing.require(CircuitBreakers(), Crew(sharded=True))
