@@ -67,7 +67,7 @@ class Ground:
         openings: Harmful fine-tuning judged by how answers open; nothing where the attacker's rows are answers.
         reach: Data on which an edit is held; nothing where that is not measured.
         evaluate: Data and limits of the evaluation beside the undefended model.
-        training: Options of each trained method, by its name.
+        training: Options of each row that is trained, by its name.
         searches: By the names that `search_on` and `search_of` give them.
         probe: What is the same for every one of them.
         waves: Rows and searches in the order in which they are built and measured, those of a wave together.
@@ -141,7 +141,7 @@ DEMO = Ground(
     harmful_share="one in seven",
     evaluate=(*_DEMO_DATA, "--limit", "48", "--rows", "64", "--every", "15", "--max-new-tokens", "24"),
     spared=_SPARED,
-    training={"tar": (), "mlac": ()},
+    training={"circuit-breakers-sparing": ("--spare", "0.5")},
     searches={
         SEARCH: Search((
             ("--rank", "6", "--alpha", "0"),
@@ -232,6 +232,10 @@ REAL = Ground(
         # The paper's form trains nothing here: hidden states are large, and with them the term that keeps them.
         "circuit-breakers": (
             "--preset", "small", "--form", "relative", "--steps", "60", *_STEP, "--lr", "2e-3",
+        ),
+        "circuit-breakers-sparing": (
+            "--preset", "small", "--form", "relative", "--steps", "60", *_STEP, "--lr", "4e-3",
+            "--schedule", "cosine", "--spare", "0.9",
         ),
         "condition-number": _USUAL,
         "mlac": (

@@ -106,17 +106,18 @@ class Keys:
         yield from (word.format(**models) for word in row.command[1:])
         if row.options == (CHOSEN,):
             yield from searching.chosen(searching.trials(self.current_searches(search_on(row.on or NONE))))
-        else:
-            yield from self._training(row.method)
+        elif row.method == "lox":
             yield from row.options
+        else:
+            yield from self._training(row)
 
-    def _training(self, method: str) -> Iterator[str]:
-        """Options of a trained method on this ground, its data among them; none of LoX."""
-        needs = () if method == "lox" else _trained(method).data
+    def _training(self, row: Row) -> Iterator[str]:
+        """Options of a trained row on this ground, its data among them."""
+        needs = _trained(row.method).data
         for name in _SETS:
             if name in needs and name in self.ground.data:
                 yield from (f"--{name}-data", self.ground.data[name])
-        yield from self.ground.training.get(method, ())
+        yield from self.ground.training.get(row.name, ())
 
     def sweeps(self, name: str) -> Mapping[str, int]:
         """The sweeps of a search: their numbers by the names of their cells."""

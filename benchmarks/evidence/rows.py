@@ -19,7 +19,7 @@ class Row:
         name: Of its folder and of its entry in the ledger.
         title: As the page names it.
         command: The method and the models it takes; empty where nothing is done.
-        options: Of the edit, or beside the ground's of training; `CHOSEN` alone where a search finds them.
+        options: Of the edit; `CHOSEN` alone where a search finds them. Those of training are the ground's.
         on: The row whose output it starts from, if it is not the aligned model.
         claim: Against what the method's paper defends, in few words.
     """
@@ -84,7 +84,6 @@ ROWS: tuple[Row, ...] = (
         "circuit-breakers-sparing",
         "Circuit Breakers that spare innocent inputs",
         ("circuit-breakers", "{aligned}"),
-        ("--spare", "0.5"),
         claim="prompts",
     ),
     _trained("condition-number", "Condition Number", "fine-tuning"),
