@@ -234,7 +234,7 @@ REAL = Ground(
             "--preset", "small", "--form", "relative", "--steps", "60", *_STEP, "--lr", "2e-3",
         ),
         "circuit-breakers-sparing": (
-            "--preset", "small", "--form", "relative", "--steps", "60", *_STEP, "--lr", "4e-3",
+            "--preset", "small", "--form", "relative", "--steps", "60", *_STEP, "--lr", "2e-3",
             "--schedule", "cosine", "--spare", "0.9",
         ),
         "condition-number": _USUAL,
