@@ -11,7 +11,7 @@ from benchmarks.evidence import search_claims, searching
 from benchmarks.evidence.facts import Facts, Slowdown
 from benchmarks.evidence.grounds import GROUNDS
 from benchmarks.evidence.ledger import Ledger
-from benchmarks.evidence.rows import NONE, SFT, Row, named
+from benchmarks.evidence.rows import NONE, REROUTED, SFT, Row, named
 from benchmarks.evidence.sentences import Claim, items, less, listed, percent, slow
 
 ALIKE = 1.5
@@ -166,6 +166,27 @@ def reach(facts: Facts) -> str | None:
     )
 
 
+def sparing(facts: Facts) -> str | None:
+    """What it does to Circuit Breakers that its adapter leaves innocent inputs alone: before and after."""
+    column = "openings" if facts.figures(NONE, "openings") is not None else "harmful"
+    by, told = {"openings": "openings", "harmful": "the sweep"}[column], []
+    for name in REROUTED:
+        ratio, refused = (
+            facts.metric(name, f"stability.{what}") for what in ("perplexity_ratio", "over_refusal")
+        )
+        slower = facts.slowdown(name, column=column)
+        if ratio is None or refused is None or slower is None:
+            return None
+        told.append(
+            f"{named(name).title}: {slow(slower)} by {by}, perplexity x {ratio['value']:.3f}, over-refusal "
+            f"{percent(refused)}"
+        )
+    return (
+        "Circuit Breakers beside the same training whose adapter is kept out of the directions that innocent inputs "
+        f"have most of their energy in (`--spare`):{items(told)}"
+    )
+
+
 def few_harmful_rows(facts: Facts) -> str | None:
     """A check of the likeliest reason why defences against a few harmful rows do nothing against many."""
     names = ("vaccine", "t-vaccine", "booster")
@@ -303,6 +324,6 @@ def directions(facts: Facts) -> str | None:
 
 
 CLAIMS: tuple[Claim, ...] = (
-    ceiling, slowest, beyond_the_control, directions, openings, neither, reach, few_harmful_rows, anchors,
+    ceiling, slowest, beyond_the_control, directions, openings, neither, reach, sparing, few_harmful_rows, anchors,
     over_refusal, aim, aim_by_openings, benign, ablation, *search_claims.CLAIMS,
 )  # fmt: skip

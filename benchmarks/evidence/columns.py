@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.evidence import reach
 from benchmarks.evidence.grounds import Ground
-from benchmarks.evidence.rows import NONE, SFT
+from benchmarks.evidence.rows import NONE, REROUTED, SFT
 from surgery.attacking.curves import broken_at
 from surgery.evaluate.keeping import FILE as ASSESSMENT
 
@@ -160,8 +160,6 @@ def _report(output: Path) -> dict[str, Any]:
     } | {"judge": found["judge"]}
 
 
-_REROUTED = ("circuit-breakers", "circuit-breakers-sparing")
-
 COLUMNS: tuple[Column, ...] = (
     Column("harmful", "Harmful fine-tuning, swept", _harmful, _curves),
     Column("benign", "Benign fine-tuning", _benign, _curves),
@@ -178,7 +176,7 @@ COLUMNS: tuple[Column, ...] = (
         "What the edit does to harmful and innocent inputs",
         _reach,
         _reached,
-        (SFT, "lox-aligned-1.5", "lox-base-1.5", "lox-best", "vaccine", *_REROUTED),
+        (SFT, "lox-aligned-1.5", "lox-base-1.5", "lox-best", "vaccine", *REROUTED),
         on=("real",),
     ),
     Column(EVALUATE, "Utility, refusal ablation, trainability", _evaluate, _report),

@@ -63,6 +63,9 @@ def _lox_on(name: str, title: str) -> Row:
     )
 
 
+REROUTED = ("circuit-breakers", "circuit-breakers-sparing")
+"""Circuit Breakers as it is, and with innocent inputs spared."""
+
 NONE, SFT = "none", "sft"
 """The rows that the others are held against: nothing done, and plain training on the defender's rows."""
 

@@ -7,10 +7,10 @@ from ledgers import LOX, done, evaluated, filled, harmful, put, searched, share,
 
 from benchmarks.evidence import claims, page, search_claims, sentences
 from benchmarks.evidence.facts import Facts
-from benchmarks.evidence.grounds import GROUNDS, REAL, SEARCH_OPENINGS
+from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH_OPENINGS
 from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
-from benchmarks.evidence.rows import NONE, SFT, named
+from benchmarks.evidence.rows import NONE, REROUTED, SFT, named
 from surgery.scores import proportion
 
 
@@ -103,6 +103,18 @@ def test_an_edit_that_is_for_every_request_alike_is_said_to_be(ledger):
     assert "1.20 times as much on harmful requests as on innocent ones, 90 % of it through 1.0 %" in found
     assert "are the edits of LoX, rank 6, alpha 1.5, aligned anchor. What" in found
     assert "| 2.0e-02 | 4.00 | 0.90 | 0.010 |" in page.page(ledger)
+
+
+@pytest.mark.parametrize(("ground", "column"), [(REAL, "openings"), (DEMO, "harmful")])
+def test_what_sparing_innocent_inputs_does_is_told_before_and_after(ledger, ground, column):
+    for row, steps, perplexity in ((NONE, 4, 1.0), (REROUTED[0], 16, 1.1), (REROUTED[1], 8, 1.01)):
+        assert claims.sparing(Facts(ledger, ground.name)) is None
+        put(ledger, row, column, done(harmful([trial(steps)])), ground)
+        put(ledger, row, "evaluate", done(evaluated(0.25, perplexity)), ground)
+    told = claims.sparing(Facts(ledger, ground.name))
+    how = {"openings": "openings", "harmful": "the sweep"}[column]
+    assert f"Circuit Breakers: 4.00 (n 1) by {how}, perplexity x 1.100, over-refusal 25 %" in told
+    assert f"spare innocent inputs: 2.00 (n 1) by {how}, perplexity x 1.010" in told
 
 
 def test_shares_are_told_apart_by_the_interval_of_their_difference():
