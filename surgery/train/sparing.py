@@ -99,7 +99,8 @@ def find(model: nn.Module, rows: Sequence[Example], share: float, *, seed: int) 
         for layer in found.layers
     ]
     directions: dict[str, Tensor] = {}
-    for begin, end in _groups(parts):
+    last = max(index for index, part in enumerate(parts) if part)
+    for begin, end in _groups(parts[: last + 1]):
         watched = {name: module for part in parts[begin:end] for name, module in part.items()}
         with blocks.shortened(found, end):
             for alike, inputs in _inputs(model, watched, chosen):
@@ -171,8 +172,8 @@ def _inputs(
                 tensor = given[names[0]]
                 seen.setdefault(tuple(names), []).append(tensor.reshape(-1, tensor.shape[-1]).float())
             given.clear()
-    for names, tensors in seen.items():
-        yield names, torch.cat(tensors)
+    for together, tensors in seen.items():
+        yield together, torch.cat(tensors)
 
 
 @contextmanager
