@@ -63,7 +63,9 @@ def test_claims_turn_with_the_figures(ledger):
 def test_an_aim_that_is_reached_is_said_to_be(ledger):
     cells = ledger.ground("demo")["rows"][LOX]
     cells["harmful"]["figures"] = harmful([trial(32, seed=seed) for seed in range(3)])
-    assert "is reached by: LoX" in claims.aim(Facts(ledger, "demo"))
+    told = claims.aim(Facts(ledger, "demo"))
+    assert "is reached by: LoX" in told
+    assert "(KL 0.02 nats); by the whole interval" in told
 
 
 def test_nothing_is_claimed_of_an_empty_ledger(tmp_path):
@@ -113,7 +115,10 @@ def test_what_sparing_innocent_inputs_does_is_told_before_and_after(ledger, grou
         put(ledger, row, "evaluate", done(evaluated(0.25, perplexity)), ground)
     told = claims.sparing(Facts(ledger, ground.name))
     how = {"openings": "openings", "harmful": "the sweep"}[column]
-    assert f"Circuit Breakers: 4.00 (n 1) by {how}, perplexity x 1.100, over-refusal 25 %" in told
+    assert (
+        f"Circuit Breakers: 4.00 (n 1) by {how}, perplexity x 1.100, over-refusal 25 %, KL 0.02 nats on"
+        in told
+    )
     assert f"spare innocent inputs: 2.00 (n 1) by {how}, perplexity x 1.010" in told
 
 
@@ -152,6 +157,7 @@ def test_the_aim_is_told_by_openings_where_they_are_measured(ledger):
         put(ledger, row, "evaluate", done(evaluated()), REAL)
     told = claims.aim_by_openings(Facts(ledger, "real"))
     assert told.startswith("By openings, within perplexity +2 %")
-    assert told.endswith(f"{named(LOX).title}; by the whole interval: {named(LOX).title}.")
+    title = named(LOX).title
+    assert f"reached by: {title} (KL 0.02 nats); by the whole interval: {title}. Perplexity is" in told
     put(ledger, LOX, "evaluate", done(evaluated(perplexity=1.5)), REAL)
     assert "there is no measured row" in claims.aim_by_openings(Facts(ledger, "real"))
