@@ -130,14 +130,27 @@ def neither(facts: Facts) -> str | None:
 
 def _unjudged(facts: Facts) -> Iterator[tuple[Row, Mapping[str, Any], Mapping[str, Any]]]:
     """Rows that no longer refuse before any attack, and comply no more than others, with both shares."""
-    columns = ("harmful", "openings")
-    bare_refuses, bare_opens = (facts.rate(NONE, column, "unattacked") for column in columns)
+    # By one judge on the same requests: whichever attack was measured.
+    columns = (("harmful", "benign"), ("openings",))
+    bare_refuses, bare_opens = (_unattacked(facts, NONE, among) for among in columns)
     for row in facts.rows():
-        refuses, opens = (facts.rate(row.name, column, "unattacked") for column in columns)
+        refuses, opens = (_unattacked(facts, row.name, among) for among in columns)
         if not (refuses and opens and bare_refuses and bare_opens):
             continue
         if less(bare_refuses, refuses) and not less(bare_opens, opens):
             yield row, refuses, opens
+
+
+def _unattacked(facts: Facts, row: str, columns: Sequence[str]) -> Mapping[str, Any] | None:
+    """A row's rate before any attack by the first of some columns that was measured."""
+    found = (facts.rate(row, column, "unattacked") for column in columns)
+    return next((rate for rate in found if rate is not None), None)
+
+
+def _judgeable(facts: Facts) -> list[Row]:
+    """Rows, but for the undefended one, whose refusals phrases can judge."""
+    unjudged = [NONE, *(row.name for row, *_ in _unjudged(facts))]
+    return [row for row in facts.rows() if row.name not in unjudged]
 
 
 def _judged(facts: Facts, *, without: Sequence[str] = (NONE,)) -> list[tuple[Row, Slowdown]]:
@@ -291,7 +304,7 @@ def _innocent(facts: Facts, row: str) -> str:
 def benign(facts: Facts) -> str | None:
     """What innocent fine-tuning does to the refusals."""
     bare = facts.rate(NONE, "benign", "worst_case")
-    scores = [(row, facts.rate(row.name, "benign", "worst_case")) for row in facts.rows() if row.name != NONE]
+    scores = [(row, facts.rate(row.name, "benign", "worst_case")) for row in _judgeable(facts)]
     known = [(row, score) for row, score in scores if score is not None and score["value"] is not None]
     if bare is None or bare["value"] is None or not known:
         return None
@@ -306,7 +319,7 @@ def benign(facts: Facts) -> str | None:
 def ablation(facts: Facts) -> str | None:
     """What taking the direction of refusal out of the weights does."""
     bare = facts.ablation(NONE)
-    scores = [(row, facts.ablation(row.name)) for row in facts.rows() if row.name != NONE]
+    scores = [(row, facts.ablation(row.name)) for row in _judgeable(facts)]
     known = [(row, score) for row, score in scores if score is not None and score["value"] is not None]
     if bare is None or bare["value"] is None or not known:
         return None

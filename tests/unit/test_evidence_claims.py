@@ -139,6 +139,7 @@ def test_a_model_that_neither_refuses_nor_complies_is_not_called_broken(ledger):
 
     for row, refusals, opens in ((NONE, 0.1, 0.1), (LOX, 0.8, 0.1), ("lox-base-1.5", 0.8, 0.8)):
         put(ledger, row, "harmful", done(harmful([trial(4)]) | before(refusals)), REAL)
+        put(ledger, row, "benign", done(harmful([trial(None)], refusals) | before(refusals)), REAL)
         put(ledger, row, "openings", done(harmful([trial(4)]) | before(opens)), REAL)
     told = claims.neither(Facts(ledger, "real"))
     assert told.endswith(
@@ -147,7 +148,17 @@ def test_a_model_that_neither_refuses_nor_complies_is_not_called_broken(ledger):
     assert "LoX" not in claims.slowest(Facts(ledger, "real")).replace(
         "LoX, rank 6, alpha 1.5, base anchor", ""
     )
+    told = claims.benign(Facts(ledger, "real"))
+    assert told.endswith("to less with none; to more with LoX, rank 6, alpha 1.5, base anchor 80 %.")
     assert claims.neither(Facts(ledger, "demo")) is None
+
+
+def test_what_neither_refuses_nor_complies_is_known_by_any_attack_of_that_judge(ledger):
+    for row, refusals in ((NONE, 0.1), (LOX, 0.8)):
+        for column, rate in (("benign", refusals), ("openings", 0.1)):
+            told = {"unattacked": {"asr": share(rate, 32)}}
+            put(ledger, row, column, done(harmful([trial(4)]) | told), REAL)
+    assert "80 % do not refuse" in claims.neither(Facts(ledger, "real"))
 
 
 def test_the_aim_is_told_by_openings_where_they_are_measured(ledger):
