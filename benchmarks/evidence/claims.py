@@ -147,7 +147,7 @@ def _unattacked(facts: Facts, row: str, columns: Sequence[str]) -> Mapping[str, 
     return next((rate for rate in found if rate is not None), None)
 
 
-def _judgeable(facts: Facts) -> list[Row]:
+def judgeable(facts: Facts) -> list[Row]:
     """Rows, but for the undefended one, whose refusals phrases can judge."""
     unjudged = [NONE, *(row.name for row, *_ in _unjudged(facts))]
     return [row for row in facts.rows() if row.name not in unjudged]
@@ -304,7 +304,7 @@ def _innocent(facts: Facts, row: str) -> str:
 def benign(facts: Facts) -> str | None:
     """What innocent fine-tuning does to the refusals."""
     bare = facts.rate(NONE, "benign", "worst_case")
-    scores = [(row, facts.rate(row.name, "benign", "worst_case")) for row in _judgeable(facts)]
+    scores = [(row, facts.rate(row.name, "benign", "worst_case")) for row in judgeable(facts)]
     known = [(row, score) for row, score in scores if score is not None and score["value"] is not None]
     if bare is None or bare["value"] is None or not known:
         return None
@@ -319,7 +319,7 @@ def benign(facts: Facts) -> str | None:
 def ablation(facts: Facts) -> str | None:
     """What taking the direction of refusal out of the weights does."""
     bare = facts.ablation(NONE)
-    scores = [(row, facts.ablation(row.name)) for row in _judgeable(facts)]
+    scores = [(row, facts.ablation(row.name)) for row in judgeable(facts)]
     known = [(row, score) for row, score in scores if score is not None and score["value"] is not None]
     if bare is None or bare["value"] is None or not known:
         return None

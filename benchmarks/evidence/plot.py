@@ -4,20 +4,20 @@ import io
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence.claims import judgeable
 from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import GROUNDS
 from benchmarks.evidence.ledger import Ledger, digest_of
-from benchmarks.evidence.rows import NONE
 
 FILE = Path(__file__).parents[2] / "docs" / "evidence.svg"
 
 
 def points(ledger: Ledger) -> dict[str, list[tuple[str, float, float, float]]]:
-    """By ground, each measured row's title with its slow-down and the interval's ends."""
+    """By ground, the title of each measured row that its judge can judge, its slow-down and the interval's ends."""
     found: dict[str, list[tuple[str, float, float, float]]] = {}
     for name in GROUNDS:
         facts = Facts(ledger, name)
-        slowed = [(row.title, facts.slowdown(row.name)) for row in facts.rows() if row.name != NONE]
+        slowed = [(row.title, facts.slowdown(row.name)) for row in judgeable(facts)]
         found[name] = [(title, one.value, one.low, one.high) for title, one in slowed if one is not None]
     return found
 

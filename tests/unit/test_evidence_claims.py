@@ -5,7 +5,7 @@ import math
 import pytest
 from ledgers import LOX, done, evaluated, filled, harmful, put, searched, share, trial
 
-from benchmarks.evidence import claims, page, search_claims, sentences
+from benchmarks.evidence import claims, page, plot, search_claims, sentences
 from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH_OPENINGS
 from benchmarks.evidence.keys import BUILD
@@ -148,6 +148,7 @@ def test_a_model_that_neither_refuses_nor_complies_is_not_called_broken(ledger):
     assert "LoX" not in claims.slowest(Facts(ledger, "real")).replace(
         "LoX, rank 6, alpha 1.5, base anchor", ""
     )
+    assert [title for title, *_ in plot.points(ledger)["real"]] == ["LoX, rank 6, alpha 1.5, base anchor"]
     told = claims.benign(Facts(ledger, "real"))
     assert told.endswith("to less with none; to more with LoX, rank 6, alpha 1.5, base anchor 80 %.")
     assert claims.neither(Facts(ledger, "demo")) is None
