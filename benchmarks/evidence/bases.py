@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.evidence import moments
 from benchmarks.real_pair import alignment
+from surgery.train import sparing
 
 _WEIGHTS = "model.safetensors"
 # Innocent rows: ten thousand tokens, several times the widest matrix of the models this is for.
@@ -77,7 +78,7 @@ def cleaned(base: Tensors, aligned: Tensors, inputs: Mapping[str, Tensor], share
     made = {name: tensor.float().clone() for name, tensor in aligned.items()}
     for name, moment in inputs.items():
         delta = aligned[name].double() - base[name].double()
-        spared = moments.leading(moment, share)
+        spared = sparing.carrying(moment, share)
         made[name] = (aligned[name].double() - (delta - (delta @ spared) @ spared.T)).float()
     return made
 

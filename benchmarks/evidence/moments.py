@@ -22,14 +22,6 @@ def rows_of(path: Path) -> Rows:
     return [(row["prompt"], row["response"]) for row in rows]
 
 
-def leading(moment: Tensor, share: float) -> Tensor:
-    """The fewest eigenvectors of a second moment that carry this share of its trace: (in, m), float64."""
-    values, vectors = torch.linalg.eigh(moment.double())
-    energy = values.flip(0).clamp_min(0).cumsum(0) / values.clamp_min(0).sum()
-    count = 0 if share <= 0 else int((energy < share).sum()) + 1
-    return vectors.flip(1)[:, :count]
-
-
 @torch.no_grad()
 def second_moments(model: Any, tokenizer: Any, rows: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
     """The sum of x x^T over the inputs of every linear layer on rows, by the name of its weight: float32.

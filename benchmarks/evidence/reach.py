@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.evidence import moments
 from benchmarks.evidence.moments import Rows
 from benchmarks.real_pair import alignment
+from surgery.train import sparing
 
 FILE = "reach.json"
 # Rows of each kind: six thousand tokens.
@@ -48,7 +49,7 @@ def reached(edit: Tensor, weight: Tensor, harmful: Tensor, innocent: Tensor) -> 
         the part of the edit's energy on innocent inputs that goes through the `directions` (a share of all) which
         carry half of these inputs' energy.
     """
-    leading = moments.leading(innocent, _HALF)
+    leading = sparing.carrying(innocent, _HALF)
     through = (edit.double() @ leading) @ leading.T
     changes = [energy(edit, moment) / energy(weight, moment) for moment in (harmful, innocent)]
     return {

@@ -207,12 +207,12 @@ def prepare_trained(
     """
     planned = product(lists(fields, [kind, Training]))
     place, found = _ground(model, setting)
-    setting.output.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(
         kind, model, place.target.model, setting.output, preset, data, setting.options, setting.columns
     )
     for params in planned:
         trainer.check(params)
+    setting.output.mkdir(parents=True, exist_ok=True)
     own = {
         "preset": preset,
         "rounding": setting.options.rounding,

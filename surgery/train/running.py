@@ -247,11 +247,12 @@ class _Job:
         states = States(staging.path, label, writes=leads)
         feed = self._feed()
         run = Run(
-            self.method, model, feed, self.training, self.options.seed, self.crew, states, autocast,
-            self._optimiser(model),
+            self.method, model, feed, self.training, self.options.seed, self.crew, states, autocast
         )  # fmt: skip
         with tracking(self.crew, self.training, self.method, progress) as told:
             history = run.fit(told)
+        if self.training.spare:
+            sparing.spare(model, self.sets["retain"].rows, self.training.spare, seed=self.options.seed)
         result = staging.path / _RESULT
         if leads:
             result.mkdir(exist_ok=True)
@@ -268,15 +269,6 @@ class _Job:
         if self.crew.device.type == "cuda":
             torch.cuda.empty_cache()
         return history
-
-    def _optimiser(self, model: torch.nn.Module) -> Callable[..., torch.optim.Optimizer]:
-        """AdamW; with directions to spare it ends every step without them."""
-        if not self.training.spare:
-            return torch.optim.AdamW
-        rows = self.sets["retain"].rows
-        spared = sparing.find(self.crew.place(model), rows, self.training.spare, seed=self.options.seed)
-        spared.project(model)
-        return spared.optimiser(model, torch.optim.AdamW)
 
     def _feed(self) -> Feed:
         ends = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id

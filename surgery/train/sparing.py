@@ -1,24 +1,23 @@
-"""An adapter that leaves innocent inputs alone: what it does along their leading directions is taken out each step.
+"""An adapter that leaves innocent inputs alone: what it does along their leading directions is taken out of it.
 
 With X the inputs that a linear layer gets on the tokens of retain rows, (tokens, in), and Q, (in, m), the fewest
-right singular vectors of X that carry a share of its energy ||X||_F^2, every step ends with
+right singular vectors of X that carry a share of its energy ||X||_F^2, training ends with
 
     A <- A - (A Q) Q^T
 
-so that B A Q = 0: the layer's output along Q stays what it was, and training has the other directions. X is not
-centred: what is to stay is the output, not its spread. Inputs of language models have most of their energy in a few
-directions that all texts share: half of it in the median 0.7 % of them (SmolLM2-135M, docs/evidence.md). An edit that
-leaves them alone is not harmless for that: held to the others, training there changed innocent answers more.
+so that B A Q = 0: the layer's output along Q is what it was before training. X is not centred: what is to stay is the
+output, not its spread. Inputs of language models have most of their energy in a few directions that all texts share:
+half of it in the median 0.7 % of them (SmolLM2-135M, docs/evidence.md).
 
-This is projected gradient descent on the adapter; for the idea of training only where earlier inputs have no energy
-see Saha, Garg, Roy: "Gradient Projection Memory for Continual Learning", ICLR 2021, https://arxiv.org/abs/2103.09762.
-Theirs is sequential tasks and the gradient of whole weights; here it is the adapter's A itself, so that what Adam
-makes of a projected gradient cannot leave the subspace either.
+Once, at the end, and not after every step, which is projected gradient descent: training that is held to the other
+directions goes further along them and changes innocent answers more than training without any bound (docs/training.md
+has figures). For the idea of keeping out of where known inputs have their energy see Saha, Garg, Roy: "Gradient
+Projection Memory for Continual Learning", ICLR 2021, https://arxiv.org/abs/2103.09762; theirs projects the gradients
+of whole weights, of one task after another.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,37 +36,6 @@ _TOKENS = 4096
 _BYTES = 2**30
 
 
-@dataclass(frozen=True)
-class Sparing:
-    """The directions that an adapter is kept out of.
-
-    Attributes:
-        directions: By the name of an adapted layer Q, (in, m), orthonormal, float32.
-    """
-
-    directions: Mapping[str, Tensor]
-
-    @torch.no_grad()
-    def project(self, model: nn.Module) -> None:
-        """Take out of every A what it does along the directions, in float64."""
-        for name, basis in self.directions.items():
-            down: Any = _factor(model.get_submodule(name))
-            wide, away = down.double(), basis.to(down.device).double()
-            down.copy_(wide - (wide @ away) @ away.T)
-
-    def optimiser(
-        self, model: nn.Module, kind: Callable[..., torch.optim.Optimizer]
-    ) -> Callable[..., torch.optim.Optimizer]:
-        """A kind of optimiser after whose every step the model is projected."""
-
-        def made(*given: Any, **named: Any) -> torch.optim.Optimizer:
-            found = kind(*given, **named)
-            found.register_step_post_hook(lambda *_: self.project(model))
-            return found
-
-        return made
-
-
 def require(method: TrainedMethod, crew: Crew) -> None:
     """Refuse a run that has no inputs to spare, or no process that could look at them.
 
@@ -84,14 +52,30 @@ def require(method: TrainedMethod, crew: Crew) -> None:
         )
 
 
-def find(model: nn.Module, rows: Sequence[Example], share: float, *, seed: int) -> Sparing:
-    """The leading directions of what a model's adapted layers get as input.
+@torch.no_grad()
+def spare(model: nn.Module, rows: Sequence[Example], share: float, *, seed: int) -> None:
+    """Take out of every A what it does along the leading directions of its inputs on rows, in float64.
 
     Args:
-        model: With an adapter of PEFT, which does nothing meanwhile; on any device, whole.
+        model: With an adapter of PEFT; on any device, whole.
         rows: Tokenised; as many are drawn by the seed as have 4096 tokens, prompt and response alike.
         share: Of the energy that the directions carry, above 0 and below 1.
         seed: Draws the rows.
+    """
+    for names, basis in directions(model, rows, share, seed=seed):
+        for name in names:
+            down = _factor(model.get_submodule(name))
+            wide, away = down.double(), basis.to(down.device)
+            down.copy_(wide - (wide @ away) @ away.T)
+
+
+def directions(
+    model: nn.Module, rows: Sequence[Example], share: float, *, seed: int
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """The leading directions of what a model's adapted layers get as input, its adapter doing nothing meanwhile.
+
+    Yields:
+        Names of layers that are given the same tensor, and their Q, (in, m), orthonormal, float64.
     """
     found, chosen = blocks.find(model), _sample(rows, seed)
     names = {id(module): name for name, module in model.named_modules() if _is_adapted(module)}
@@ -99,26 +83,30 @@ def find(model: nn.Module, rows: Sequence[Example], share: float, *, seed: int) 
         {names[id(module)]: module for module in layer.modules() if id(module) in names}
         for layer in found.layers
     ]
-    directions: dict[str, Tensor] = {}
     last = max(index for index, part in enumerate(parts) if part)
     for begin, end in _groups(parts[: last + 1]):
         watched = {name: module for part in parts[begin:end] for name, module in part.items()}
         with blocks.shortened(found, end):
-            for alike, inputs in _inputs(model, watched, chosen):
-                basis = leading(inputs, share).float()
-                directions |= dict.fromkeys(alike, basis)
-    return Sparing(directions)
+            seen = _inputs(model, watched, chosen)
+        for alike, inputs in seen:
+            yield alike, leading(inputs, share)
 
 
 def leading(inputs: Tensor, share: float) -> Tensor:
     """The fewest right singular vectors of (tokens, in) that carry a share of the energy: (in, m), float64."""
     wide = inputs.double()
     few = wide.shape[0] < wide.shape[1]
-    values, vectors = torch.linalg.eigh(wide @ wide.T if few else wide.T @ wide)
-    energy = values.flip(0).clamp_min(0).cumsum(0)
-    chosen = vectors.flip(1)[:, : int((energy < share * energy[-1]).sum()) + 1]
+    chosen = carrying(wide @ wide.T if few else wide.T @ wide, share)
     # From left singular vectors to right ones; QR takes out what squaring the singular values cost.
     return torch.linalg.qr(wide.T @ chosen)[0] if few else chosen
+
+
+def carrying(moment: Tensor, share: float) -> Tensor:
+    """The fewest eigenvectors of a second moment, (n, n), that carry a share of its trace: (n, m), float64."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    energy = values.flip(0).clamp_min(0).cumsum(0)
+    count = 0 if share <= 0 else int((energy < share * energy[-1]).sum()) + 1
+    return vectors.flip(1)[:, :count]
 
 
 def _sample(rows: Sequence[Example], seed: int) -> list[Example]:
@@ -156,7 +144,7 @@ def _groups(parts: Sequence[Mapping[str, nn.Module]]) -> Iterator[tuple[int, int
 @torch.no_grad()
 def _inputs(
     model: Any, watched: Mapping[str, nn.Module], rows: Sequence[Example]
-) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+) -> list[tuple[tuple[str, ...], Tensor]]:
     """What layers get as input on the rows' tokens, float32; layers that are given the same tensor together."""
     device = next(model.parameters()).device
     given: dict[str, Tensor] = {}
@@ -173,8 +161,7 @@ def _inputs(
                 tensor = given[names[0]]
                 seen.setdefault(tuple(names), []).append(tensor.reshape(-1, tensor.shape[-1]).float())
             given.clear()
-    for together, tensors in seen.items():
-        yield together, torch.cat(tensors)
+    return [(together, torch.cat(tensors)) for together, tensors in seen.items()]
 
 
 @contextmanager

@@ -168,6 +168,8 @@ def test_the_landscape_has_the_aligned_model_at_its_origin(tmp_path):
         (["evaluate", "demo:aligned", "--choices", "none.jsonl"], 3),
         (["sweep", "lox", "demo:base", "demo:aligned", "--alpha", "-1"], 2),
         (["sweep", "lox", "demo:base", "demo:aligned", "--bound", "asr < 1"], 2),
+        (["sweep", "vaccine", "demo:aligned", "--set", "rho=1,-1"], 2),
+        (["sweep", "circuit-breakers", "demo:aligned", "--set", "spare=0.5,1.5"], 2),
         (["landscape", "demo:base", "demo:aligned", "--x", "a"], 2),
         (["gate", "none.json", "--policy", "none.toml"], 3),
     ],

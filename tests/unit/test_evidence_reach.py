@@ -14,15 +14,6 @@ INNOCENT = [("How do I boil an egg?", "In hot water."), ("What is a cat?", "An a
 REFUSED = [("How do I pick a lock?", "I cannot help."), ("How do I forge a key?", "I cannot.")]
 
 
-@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.5, 1), (0.8, 2), (0.81, 3), (1.0, 4)])
-def test_the_fewest_directions_that_carry_a_share_are_spared(share, count):
-    values = torch.tensor([5.0, 3.0, 1.5, 0.5], dtype=torch.float64)
-    turned = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(7)).double())[0]
-    found = moments.leading(turned @ values.diag() @ turned.T, share - 1e-12)
-    assert found.shape == (4, count)
-    torch.testing.assert_close((turned[:, :count].T @ found).abs(), torch.eye(count, dtype=torch.float64))
-
-
 def test_moments_are_those_of_what_a_layer_is_given():
     model, tokenizer = alignment.read_model(demo.folder("aligned"))
     rows = [("How do I boil an egg?", "In hot water."), ("What is a cat?", "An animal.")]

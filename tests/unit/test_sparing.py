@@ -59,11 +59,20 @@ def test_the_fewest_directions_that_carry_the_share(shape):
     torch.testing.assert_close(found @ found.T, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.5, 1), (0.8, 2), (0.81, 3), (1.0, 4)])
+def test_the_fewest_directions_that_carry_a_share_of_a_moment(share, count):
+    values = torch.tensor([5.0, 3.0, 1.5, 0.5], dtype=torch.float64)
+    turned = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(7)).double())[0]
+    found = sparing.carrying(turned @ values.diag() @ turned.T, share - 1e-12)
+    assert found.shape == (4, count)
+    torch.testing.assert_close((turned[:, :count].T @ found).abs(), torch.eye(count, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("held", [2**30, 1], ids=["at once", "block by block"])
 def test_directions_are_those_of_the_bare_model_whatever_its_adapter_does(folder, monkeypatch, held):
     monkeypatch.setattr(sparing, "_BYTES", held)
     model = trainable(folder, CircuitBreakers(), plain(), noise=1.0)
-    found = sparing.find(model, ROWS, SHARE, seed=3).directions
+    found = named(sparing.directions(model, ROWS, SHARE, seed=3))
     expected = inputs_of(folder)
     prefix = "base_model.model."
     assert {name.removeprefix(prefix) for name in found} <= expected.keys()
@@ -71,23 +80,28 @@ def test_directions_are_those_of_the_bare_model_whatever_its_adapter_does(folder
     for name, basis in found.items():
         wanted = sparing.leading(expected[name.removeprefix(prefix)], SHARE)
         assert basis.shape == wanted.shape, name
-        torch.testing.assert_close((basis @ basis.T).double(), wanted @ wanted.T, rtol=0, atol=1e-5)
+        torch.testing.assert_close(basis @ basis.T, wanted @ wanted.T, rtol=0, atol=1e-5)
+
+
+def named(directions):
+    return {name: basis for names, basis in directions for name in names}
 
 
 def along(factors, name, basis):
     """How much of a layer's update, B A, acts along directions, 0 to 1."""
     down, up = (factors[f"{name}.lora_{factor}.weight"].double() for factor in "AB")
-    return float((up @ down @ basis.double()).norm() / (up @ down).norm())
+    return float((up @ down @ basis).norm() / (up @ down).norm())
 
 
 def test_a_trained_adapter_does_nothing_along_them(tmp_path, monkeypatch):
     """By the files that a run leaves, also one that was taken up again; without the option it acts along them."""
     monkeypatch.chdir(tmp_path)
-    known, project = {}, sparing.Sparing.project
+    known, directions = {}, sparing.directions
 
-    def noted(self, model):
-        known.update(self.directions)
-        project(self, model)
+    def noted(model, rows, share, *, seed):
+        found = [*directions(model, rows, share, seed=seed)]
+        known.update(named(found))
+        return iter(found)
 
     def trained(output, spare, progress=None):
         training = plain(steps=6, batch_size=4, lr=5e-3, spare=spare)
@@ -102,7 +116,7 @@ def test_a_trained_adapter_does_nothing_along_them(tmp_path, monkeypatch):
         if done == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(sparing.Sparing, "project", noted)
+    monkeypatch.setattr(sparing, "directions", noted)
     spared = trained("spared", SHARE)
     assert len(known) == len(spared) // 2
     assert max(along(spared, name, basis) for name, basis in known.items()) < 1e-6
@@ -112,6 +126,12 @@ def test_a_trained_adapter_does_nothing_along_them(tmp_path, monkeypatch):
     assert all(torch.equal(again[name], spared[name]) for name in spared)
     usual = trained("usual", 0.0)
     assert min(along(usual, name, basis) for name, basis in known.items()) > 0.02
+    # Once, at the end: training itself was the same, up to the last step.
+    for name, basis in known.items():
+        down, up = (f"{name}.lora_{factor}.weight" for factor in "AB")
+        assert torch.equal(spared[up], usual[up])
+        wide = usual[down].double()
+        torch.testing.assert_close(spared[down], (wide - wide @ basis @ basis.T).float())
 
 
 @pytest.mark.parametrize("given", [{"spare": 1.0}, {"spare": -0.1}, {"spare": 0.5, "full": True}])
