@@ -11,7 +11,7 @@ from benchmarks.evidence import search_claims, searching
 from benchmarks.evidence.facts import Facts, Slowdown
 from benchmarks.evidence.grounds import GROUNDS
 from benchmarks.evidence.ledger import Ledger
-from benchmarks.evidence.rows import NONE, REROUTED, SFT, Row, named
+from benchmarks.evidence.rows import ANEW, NONE, REROUTED, SFT, Row, named
 from benchmarks.evidence.sentences import Claim, items, less, listed, percent, slow
 
 ALIKE = 1.5
@@ -78,8 +78,8 @@ def beyond_the_control(facts: Facts) -> str | None:
     """Whether a trained method does more than training on the same rows by itself."""
     plain = facts.slowdown(SFT)
     trained = [
-        (row, facts.slowdown(row.name, SFT)) for row, _ in _judged(facts, without=(NONE, SFT))
-        if row.method != "lox"
+        (row, facts.slowdown(row.name, SFT if row.beside == NONE else row.beside)) for row, _ in _judged(facts)
+        if row.method not in ("lox", "sft")
     ]  # fmt: skip
     known = [(row, one) for row, one in trained if one is not None]
     if plain is None or not known:
@@ -88,6 +88,22 @@ def beyond_the_control(facts: Facts) -> str | None:
     return (
         f"The control, the same loop and rows with no term of any method, takes {slow(plain)} times the steps; "
         f"against it, trained methods that add to that: {listed(beyond)}."
+    )
+
+
+def from_the_base(facts: Facts) -> str | None:
+    """A check of a reason for which methods that are alignments do nothing: here they train the aligned model."""
+    plain = facts.slowdown(ANEW)
+    found = [(row, facts.slowdown(row.name)) for row in facts.rows() if row.beside == ANEW]
+    known = [(row, one) for row, one in found if one is not None]
+    if plain is None or not known:
+        return None
+    later = [row.title for row, one in known if one.slower]
+    told = [f"{row.title} {slow(one)}" for row, one in known]
+    return (
+        "Vaccine and T-Vaccine are made to be the alignment, while the other rows train the aligned model. From the "
+        f"base, beside plain training of as many steps (which takes {slow(plain)} times those of the aligned model), "
+        f"slower: {listed(later)}. Each:{items(told)}"
     )
 
 
@@ -195,8 +211,8 @@ def sparing(facts: Facts) -> str | None:
             f"{percent(refused)}, {_innocent(facts, name)} on innocent answers"
         )
     return (
-        "Circuit Breakers beside the same training whose adapter is kept out of the directions that innocent inputs "
-        f"have most of their energy in (`--spare`):{items(told)}"
+        "Circuit Breakers beside the same training whose finished adapter is rid of what it does along the "
+        f"directions that innocent inputs have most of their energy in (`--spare`):{items(told)}"
     )
 
 
@@ -347,6 +363,6 @@ def directions(facts: Facts) -> str | None:
 
 
 CLAIMS: tuple[Claim, ...] = (
-    ceiling, slowest, beyond_the_control, directions, openings, neither, reach, sparing, few_harmful_rows, anchors,
-    over_refusal, aim, aim_by_openings, benign, ablation, *search_claims.CLAIMS,
+    ceiling, slowest, beyond_the_control, from_the_base, directions, openings, neither, reach, sparing,
+    few_harmful_rows, anchors, over_refusal, aim, aim_by_openings, benign, ablation, *search_claims.CLAIMS,
 )  # fmt: skip

@@ -10,7 +10,7 @@ from benchmarks.evidence import keys, searching
 from benchmarks.evidence.grounds import GROUNDS, SEARCH
 from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
-from benchmarks.evidence.rows import NONE, ROWS, SFT, Row
+from benchmarks.evidence.rows import NONE, ROWS, SFT, Row, named
 
 _DRAWS, _SEED = 4000, 20261124
 # Settings below which no interval is told.
@@ -73,8 +73,9 @@ class Facts:
         return searching.trials(self.known[search])
 
     def rows(self) -> list[Row]:
-        """Every row of the study, measured or not."""
-        return list(ROWS)
+        """Every row of the ground, measured or not."""
+        here = {name for wave in self.ground.waves for name in wave}
+        return [row for row in ROWS if row.name in here]
 
     def cell(self, row: str, column: str) -> dict[str, Any] | None:
         """A cell, finished or failed."""
@@ -120,9 +121,16 @@ class Facts:
         _, loss = max((rate, -loss) for _, rate, loss, *_ in looks if rate is not None)
         return {"value": -loss, "low": None, "high": None}
 
-    def slowdown(self, row: str, against: str = NONE, column: str = "harmful") -> Slowdown | None:
-        """Steps to break beside those of another row, by one of the attacks; None where either is not measured."""
-        own, other = self.figures(row, column), self.figures(against, column)
+    def slowdown(self, row: str, against: str | None = None, column: str = "harmful") -> Slowdown | None:
+        """Steps to break beside another row's, by one of the attacks; None where either is not measured.
+
+        Args:
+            row: Whose.
+            against: The other; by default the one that the row stands beside.
+            column: The attack.
+        """
+        beside = against or named(row).beside
+        own, other = self.figures(row, column), self.figures(beside, column)
         if own is None or other is None:
             return None
         theirs = {_setting(trial): trial for trial in other["trials"]}

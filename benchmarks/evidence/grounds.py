@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.evidence import materials
-from benchmarks.evidence.rows import NONE
+from benchmarks.evidence.rows import ANEW, NONE
 
 Words = Sequence[str]
 
@@ -141,7 +141,12 @@ DEMO = Ground(
     harmful_share="one in seven",
     evaluate=(*_DEMO_DATA, "--limit", "48", "--rows", "64", "--every", "15", "--max-new-tokens", "24"),
     spared=_SPARED,
-    training={"circuit-breakers-sparing": ("--spare", "0.5")},
+    training={
+        "circuit-breakers-sparing": ("--spare", "0.5"),
+        **dict.fromkeys(
+            (ANEW, "vaccine-anew", "t-vaccine-anew"), ("--full", "--steps", "300", "--lr", "1e-3")
+        ),
+    },
     searches={
         SEARCH: Search((
             ("--rank", "6", "--alpha", "0"),
@@ -166,7 +171,8 @@ DEMO = Ground(
     waves=(
         (SEARCH,),
         ("none", "sft", *_LOX_ROWS, "lox-best", "vaccine", "t-vaccine", "booster", "circuit-breakers",
-         "circuit-breakers-sparing", "condition-number", *_COMBINED, "mlac", "tar"),
+         "circuit-breakers-sparing", "condition-number", *_COMBINED, "mlac", "tar", ANEW,
+         "vaccine-anew", "t-vaccine-anew"),
         (search_on("circuit-breakers"), *map(search_of, ("vaccine", "t-vaccine", "booster", "condition-number"))),
         ("circuit-breakers+lox-best",),
     ),
@@ -235,7 +241,7 @@ REAL = Ground(
         ),
         "circuit-breakers-sparing": (
             "--preset", "small", "--form", "relative", "--steps", "60", *_STEP, "--lr", "2e-3",
-            "--schedule", "cosine", "--spare", "0.9",
+            "--spare", "0.9",
         ),
         "condition-number": _USUAL,
         "mlac": (

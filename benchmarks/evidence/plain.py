@@ -20,12 +20,13 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--aligned-data", action="append", default=[])
-    parser.add_argument("--overwrite", action="store_true")
+    for name in ("overwrite", "full"):
+        parser.add_argument(f"--{name}", action="store_true", default=None)
     for name, kind in (("steps", int), ("batch-size", int), ("max-length", int), ("lr", float)):
         parser.add_argument(f"--{name}", type=kind)
     given = vars(parser.parse_args())
     model, output = given.pop("model"), given.pop("output")
-    data, overwrite = given.pop("aligned_data"), given.pop("overwrite")
+    data, overwrite = given.pop("aligned_data"), bool(given.pop("overwrite"))
     method, training = presets.from_preset(
         SFT, "small", {name: value for name, value in given.items() if value is not None}
     )

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 CHOSEN = "chosen by the search"
 """In place of options: those of the search's best trial."""
 
+NONE, SFT, ANEW = "none", "sft", "anew"
+"""Rows that others are held against: nothing done, plain training on the defender's rows, and that from the base."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -22,6 +25,7 @@ class Row:
         options: Of the edit; `CHOSEN` alone where a search finds them. Those of training are the ground's.
         on: The row whose output it starts from, if it is not the aligned model.
         claim: Against what the method's paper defends, in few words.
+        beside: The row that its steps to break are held against.
     """
 
     name: str
@@ -30,6 +34,7 @@ class Row:
     options: Sequence[str] = ()
     on: str | None = None
     claim: str = ""
+    beside: str = NONE
 
     @property
     def method(self) -> str:
@@ -52,6 +57,17 @@ def _trained(name: str, title: str, claim: str) -> Row:
     return Row(name, title, (name, "{aligned}"), claim=claim)
 
 
+def _from_the_base(name: str, title: str) -> Row:
+    """As the method's paper has it: it is the alignment, and begins with the base."""
+    return Row(
+        f"{name}-anew",
+        f"{title} as the alignment of the base",
+        (name, "{base}"),
+        claim="fine-tuning",
+        beside=ANEW,
+    )
+
+
 def _lox_on(name: str, title: str) -> Row:
     return Row(
         f"{name}+lox",
@@ -65,9 +81,6 @@ def _lox_on(name: str, title: str) -> Row:
 
 REROUTED = ("circuit-breakers", "circuit-breakers-sparing")
 """Circuit Breakers as it is, and with innocent inputs spared."""
-
-NONE, SFT = "none", "sft"
-"""The rows that the others are held against: nothing done, and plain training on the defender's rows."""
 
 ROWS: tuple[Row, ...] = (
     Row(NONE, "No defence"),
@@ -102,6 +115,9 @@ ROWS: tuple[Row, ...] = (
     ),
     _trained("mlac", "MLAC (bounded)", "fine-tuning"),
     _trained("tar", "TAR", "fine-tuning"),
+    Row(ANEW, "Plain alignment of the base (control)", ("sft", "{base}"), claim="nothing"),
+    _from_the_base("vaccine", "Vaccine"),
+    _from_the_base("t-vaccine", "T-Vaccine"),
 )
 """In the order in which they are run: what is cheap and what others start from comes first."""
 

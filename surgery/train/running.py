@@ -7,7 +7,7 @@ through -> `OUT`. The model is loaded to be trained and never saved: the files c
 import gc
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -9,11 +9,11 @@ so that B A Q = 0: the layer's output along Q is what it was before training. X 
 output, not its spread. Inputs of language models have most of their energy in a few directions that all texts share:
 half of it in the median 0.7 % of them (SmolLM2-135M, docs/evidence.md).
 
-Once, at the end, and not after every step, which is projected gradient descent: training that is held to the other
-directions goes further along them and changes innocent answers more than training without any bound (docs/training.md
-has figures). For the idea of keeping out of where known inputs have their energy see Saha, Garg, Roy: "Gradient
-Projection Memory for Continual Learning", ICLR 2021, https://arxiv.org/abs/2103.09762; theirs projects the gradients
-of whole weights, of one task after another.
+Once, at the end, and not after every step, which is projected gradient descent: held to the other directions all the
+while, Circuit Breakers went further along them and broke innocent answers (SmolLM2-135M, share 0.9: KL of 1.9 nats,
+without any bound 0.2). For the idea of keeping out of where known inputs have their energy see Saha, Garg, Roy:
+"Gradient Projection Memory for Continual Learning", ICLR 2021, https://arxiv.org/abs/2103.09762; theirs projects the
+gradients of whole weights, of one task after another.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -42,8 +42,8 @@ class Training:
     spare: Annotated[
         float,
         Doc(
-            "Share of the energy of the retain rows' inputs whose directions the adapter leaves alone, 0 to 1; 0: "
-            "none."
+            "Share of the energy of the retain rows' inputs whose directions the finished adapter leaves alone, 0 to "
+            "1; 0: none."
         ),
     ] = 0.0
     full: Annotated[bool, Doc("Train all weights, not an adapter."), NEGATABLE] = False

@@ -10,7 +10,7 @@ from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH_OPENINGS
 from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
-from benchmarks.evidence.rows import NONE, REROUTED, SFT, named
+from benchmarks.evidence.rows import ANEW, NONE, REROUTED, SFT, named
 from surgery.scores import proportion
 
 
@@ -35,6 +35,19 @@ def test_a_reason_is_held_against_its_check(ledger):
     put(ledger, "vaccine", "harmful", done(harmful([trial(4)])))
     told = claims.few_harmful_rows(Facts(ledger, "demo"))
     assert "Vaccine 4.00 (n 1) among innocent rows, 1.00 (n 1) alone" in told
+
+
+def test_an_alignment_of_the_base_is_held_against_the_plain_one(ledger):
+    assert claims.from_the_base(Facts(ledger, "demo")) is None
+    for row, steps in ((ANEW, 8), ("vaccine-anew", 8), ("t-vaccine-anew", 32)):
+        put(ledger, row, "harmful", done(harmful([trial(steps, seed=seed) for seed in range(3)])))
+    found = Facts(ledger, "demo")
+    told = claims.from_the_base(found)
+    assert f"slower: {named('t-vaccine-anew').title}. Each:" in told
+    assert f"{named('vaccine-anew').title} 1.00 (each 1.00 to 1.00, n 3)" in told
+    assert found.slowdown("vaccine-anew", NONE).value > 1
+    assert f"add to that: {named('t-vaccine-anew').title} 4.00" in claims.beyond_the_control(found)
+    assert claims.from_the_base(Facts(ledger, "real")) is None
 
 
 def test_what_openings_say_is_held_against_what_refusals_say(ledger):
