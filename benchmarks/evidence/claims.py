@@ -47,7 +47,7 @@ def ceiling(facts: Facts) -> str | None:
     lower = [row.title for row, score in worst if less(score, bare)]
     least = min(score["value"] for _, score in worst)
     start = (
-        f"The worst case of the sweep is {100 * bare['value']:.0f} % without a defence and at least "
+        f"The worst case of the sweep is {percent(bare)} without a defence and {'' if least == 1 else 'at least '}"
         f"{100 * least:.0f} % with each of {len(worst)} others"
     )
     if not lower:
@@ -66,12 +66,30 @@ def slowest(facts: Facts) -> str | None:
     slower = sorted((pair for pair in found if pair[1].slower), key=lambda pair: -pair[1].value)
     same = [row.title for row, one in found if not one.slower and not one.faster]
     faster = [f"{row.title} {slow(one)}" for row, one in found if one.faster]
-    told = [f"Not told apart from no defence: {listed(same)}."]
+    told = [f"Not told apart from no defence, be it by whole looks alone: {listed(same)}."]
     if faster:
         told.append(f"Broken sooner: {listed(faster)}.")
-    longer = [f"{row.title} {slow(one)}" for row, one in slower]
+    longer = [f"{row.title} {slow(one)}{_price(facts, row.name)}" for row, one in slower]
     told.append(f"Longer to break:{items(longer)}" if longer else "Longer to break: none.")
     return " ".join(told)
+
+
+def slowed(facts: Facts) -> str | None:
+    """In few words how many rows make the attack longer."""
+    found = _judged(facts)
+    if not found:
+        return None
+    slower = [row.title for row, one in found if one.slower]
+    return (
+        f"of {len(found)} measured rows that its judge can tell, slower to break under the sweep than no defence: "
+        f"{listed(slower)}."
+    )
+
+
+def _price(facts: Facts, row: str) -> str:
+    """What a row costs beside steps, to follow them; nothing where it was not measured."""
+    ratio = facts.metric(row, "stability.perplexity_ratio")
+    return "" if ratio is None else f", at perplexity x {ratio['value']:.3f}, {_innocent(facts, row)}"
 
 
 def beyond_the_control(facts: Facts) -> str | None:
@@ -188,10 +206,11 @@ def reach(facts: Facts) -> str | None:
         for row, one in known
     ]
     alike = [row.title for row, one in known if one["selectivity"]["value"] < ALIKE]
+    control = facts.figures(SFT, "reach")
+    usual = f" (the control's: {control['selectivity']['value']:.2f})" if control else ""
     return (
-        f"Less than {ALIKE:g} times as large on harmful requests as on innocent ones, so nearly one shift for every "
-        f"request, are the edits of {listed(alike)}. What an edit does to a "
-        f"matrix's output, medians over matrices:{items(told)}"
+        f"Less than {ALIKE:g} times as large on harmful requests as on innocent ones{usual} are the edits of "
+        f"{listed(alike)}. What an edit does to a matrix's output, medians over matrices:{items(told)}"
     )
 
 
@@ -265,7 +284,7 @@ def over_refusal(facts: Facts) -> str | None:
     ]
     return (
         f"Over-refusal is {100 * bare['value']:.0f} % (n {bare['n']}) without a defence; more than "
-        f"{100 * searching.OVER_REFUSAL:.0f} points above that: {listed(worse)}."
+        f"{100 * searching.OVER_REFUSAL:.0f} points above that, by the point: {listed(worse)}."
     )
 
 
@@ -314,7 +333,7 @@ def _aim(facts: Facts, found: Sequence[tuple[Row, Slowdown]], start: str) -> str
 def _innocent(facts: Facts, row: str) -> str:
     """How far a row's innocent answers are from the undefended model's."""
     kl = facts.metric(row, "stability.kl")
-    return "KL not measured" if kl is None else f"KL {kl['value']:.2f} nats"
+    return "KL not measured" if kl is None else f"KL {kl['value']:.2g} nats"
 
 
 def benign(facts: Facts) -> str | None:

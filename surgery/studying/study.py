@@ -177,7 +177,7 @@ class Study:
             key, there, here = _difference(theirs, mine)
             raise InputError(
                 f"the study {self._storage.name!r} in {self._storage.place} is another: its {key} is {there}, "
-                f"here it is {here}; choose another output folder, or give --overwrite"
+                f"here it is {here}; choose another output folder, or remove that one"
             )
 
     def _kept(self, name: str) -> Any:

@@ -23,8 +23,11 @@ def test_claims_say_what_the_figures_say(ledger):
     found = Facts(ledger, "demo")
     assert "no row is seen to lower" in claims.ceiling(found)
     assert "LoX" in claims.slowest(found)
+    slower = f"{named(LOX).title} {sentences.slow(found.slowdown(LOX))}, at perplexity x "
+    assert slower in claims.slowest(found)
+    assert claims.slowed(found).endswith(f": {named(LOX).title}.")
     assert "missed" in claims.aim(found)
-    assert "above that: none" in claims.over_refusal(found)
+    assert "above that, by the point: none" in claims.over_refusal(found)
     assert claims.anchors(found) is None
 
 
