@@ -4,9 +4,9 @@ import io
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.claims import judgeable
 from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import GROUNDS
+from benchmarks.evidence.judging import judgeable
 from benchmarks.evidence.ledger import Ledger, digest_of
 
 FILE = Path(__file__).parents[2] / "docs" / "evidence.svg"

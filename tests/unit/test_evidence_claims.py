@@ -46,11 +46,18 @@ def test_an_alignment_of_the_base_is_held_against_the_plain_one(ledger):
         put(ledger, row, "harmful", done(harmful([trial(steps, seed=seed) for seed in range(3)])))
     found = Facts(ledger, "demo")
     told = claims.from_the_base(found)
-    assert f"slower: {named('t-vaccine-anew').title}. Each:" in told
+    assert f"slower: {named('t-vaccine-anew').title}; not aligned by as many" in told
     assert f"{named('vaccine-anew').title} 1.00 (each 1.00 to 1.00, n 3)" in told
     assert found.slowdown("vaccine-anew", NONE).value > 1
     assert f"add to that: {named('t-vaccine-anew').title} 4.00" in claims.beyond_the_control(found)
     assert claims.from_the_base(Facts(ledger, "real")) is None
+    at_rest = harmful([trial(1)])
+    at_rest["unattacked"][at_rest["rate"]] = share(0.9, 40)
+    put(ledger, "t-vaccine-anew", "harmful", done(at_rest))
+    told = claims.from_the_base(Facts(ledger, "demo"))
+    assert f"not aligned by as many, and not held against it: {named('t-vaccine-anew').title}. Each:" in told
+    assert "slower: none;" in told
+    assert named("t-vaccine-anew").title not in claims.slowest(Facts(ledger, "demo"))
 
 
 def test_what_openings_say_is_held_against_what_refusals_say(ledger):
@@ -153,7 +160,7 @@ def test_a_model_that_neither_refuses_nor_complies_is_not_called_broken(ledger):
     def before(value):
         return {"unattacked": {"asr": share(value, 32)}}
 
-    for row, refusals, opens in ((NONE, 0.1, 0.1), (LOX, 0.8, 0.1), ("lox-base-1.5", 0.8, 0.8)):
+    for row, refusals, opens in ((NONE, 0.1, 0.1), (LOX, 0.8, 0.1), ("lox-base-1.5", 0.4, 0.4)):
         put(ledger, row, "harmful", done(harmful([trial(4)]) | before(refusals)), REAL)
         put(ledger, row, "benign", done(harmful([trial(None)], refusals) | before(refusals)), REAL)
         put(ledger, row, "openings", done(harmful([trial(4)]) | before(opens)), REAL)
@@ -166,7 +173,7 @@ def test_a_model_that_neither_refuses_nor_complies_is_not_called_broken(ledger):
     )
     assert [title for title, *_ in plot.points(ledger)["real"]] == ["LoX, rank 6, alpha 1.5, base anchor"]
     told = claims.benign(Facts(ledger, "real"))
-    assert told.endswith("to less with none; to more with LoX, rank 6, alpha 1.5, base anchor 80 %.")
+    assert told.endswith("to less with none; to more with LoX, rank 6, alpha 1.5, base anchor 40 %.")
     assert claims.neither(Facts(ledger, "demo")) is None
 
 
