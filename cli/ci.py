@@ -62,6 +62,15 @@ class _Request:
         """The command that sends it."""
         return ["push", str(self.output), str(self.push_to), "--json"]
 
+    def stages(self) -> Iterator[tuple[str, Sequence[str]]]:
+        """The commands in their order, by the names of their stages."""
+        yield "edit", self.edit()
+        yield "evaluate", self.measure()
+        yield "gate", self.decide()
+        if self.push_to is not None:
+            yield "card", self.describe()
+            yield "push", self.publish()
+
     def _found(self) -> str:
         return str(self.report / "report.json")
 
@@ -114,7 +123,7 @@ def ci(
     request = _Request(
         method, base, model, reference or model, written, report, policy, push_to, context.find_root().obj
     )
-    _check(request)
+    _check(request, context.find_root())
     found = _carried_out(request, until, silent=json or quiet, quiet=quiet)
     if json:
         output.document(found)
@@ -122,9 +131,15 @@ def ci(
         output.rows([(name, str(value)) for name, value in found.items() if not isinstance(value, dict)])
 
 
-def _check(request: _Request) -> None:
-    """Refuse what would fail after hours."""
+def _check(request: _Request, top: Any) -> None:
+    """Refuse what would fail after hours.
+
+    Args:
+        request: What is asked for.
+        top: The context of the top level, with the file's tables.
+    """
     from surgery import methods
+    from surgery.gating import policy as policies
     from surgery.pushing.destination import Destination
     from surgery.train.step import TrainedMethod
 
@@ -140,6 +155,17 @@ def _check(request: _Request) -> None:
         raise UsageError("surgery ci needs a policy; give --policy, or policy in the [ci] or [gate] table")
     if request.push_to is not None:
         Destination(request.push_to).check()
+    for name, words in request.stages():
+        taken = _taken(words, top)
+        if name == "gate":
+            policies.read(taken["policy"])
+
+
+def _taken(words: Sequence[str], top: Any) -> dict[str, Any]:
+    """What a command would take its options as, from the words, the environment and the file; it does not run."""
+    command = top.command.get_command(top, words[0])
+    found: dict[str, Any] = command.make_context(words[0], [*words[1:]], parent=top).params
+    return found
 
 
 def _tables(config: Path | None) -> configuring.Tables:
@@ -151,7 +177,11 @@ def _tables(config: Path | None) -> configuring.Tables:
 def _carried_out(request: _Request, until: str, *, silent: bool, quiet: bool) -> dict[str, Any]:
     """Run the stages up to the last one asked for; what they came to."""
     found: dict[str, Any] = {"output": str(request.output)}
-    for name, words in _stages(request):
+    written = _is_written(request)
+    for name, words in request.stages():
+        if name == "edit" and written:
+            # By this very request: checked in place of written again.
+            words = ["verify", str(request.output)]
         stdout = _run(words, request.config, silent=silent or name == "push", quiet=quiet)
         if name == "edit":
             _remember(request)
@@ -166,16 +196,6 @@ def _carried_out(request: _Request, until: str, *, silent: bool, quiet: bool) ->
             break
     _tell_github(found, request)
     return found
-
-
-def _stages(request: _Request) -> Iterator[tuple[str, Sequence[str]]]:
-    """The commands in their order; what was written by the same request is checked in place of written again."""
-    yield "edit", ["verify", str(request.output)] if _is_written(request) else request.edit()
-    yield "evaluate", request.measure()
-    yield "gate", request.decide()
-    if request.push_to is not None:
-        yield "card", request.describe()
-        yield "push", request.publish()
 
 
 def _is_written(request: _Request) -> bool:
@@ -216,16 +236,15 @@ def _run(words: Sequence[str], config: Path | None, *, silent: bool, quiet: bool
     Raises:
         Exit: With its exit code, where that is not 0.
     """
+    words = [*(["--config", str(config)] if config else []), *words]
     if not quiet:
         output.note(f"$ surgery {shlex.join(words)}")
     # A command that prints a document is not quiet: what it tells is shown if it fails.
     hushed = quiet and "--json" in words
     words = [*words, "--quiet"] if quiet and not hushed else words
-    environment = {**os.environ, **({configuring.CONFIG: str(config.absolute())} if config else {})}
     sys.stdout.flush()
     done = subprocess.run(
         [sys.executable, "-m", "surgery", *words],
-        env=environment,
         stdout=subprocess.PIPE if silent else None,
         stderr=subprocess.PIPE if hushed else None,
         text=True,

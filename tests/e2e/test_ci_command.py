@@ -70,7 +70,7 @@ def test_from_a_pair_to_a_pull_request_and_again(hub, command, place):
     assert code == 0, stderr
     again = json.loads(stdout)
     assert (again["pr_url"], again["manifest_sha256"]) == (found["pr_url"], found["manifest_sha256"])
-    assert "$ surgery verify written" in stderr
+    assert "$ surgery --config surgery.toml verify written" in stderr
     assert "[1/" not in stderr.replace("attack 1/", "")
     assert len(puts(hub)) == sent
     assert list(hub.repositories["ORG/NAME"].pulls) == [1]
@@ -117,6 +117,11 @@ def test_another_request_does_not_take_the_model_for_its_own(hub, command, place
         ("[ci]", '[ci]\nmethod = "magic"', 2, "no method 'magic'"),
         ("[ci]", "[ci]\nmodle = 1", 2, "did you mean 'model'"),
         ("[lox]", "[lox", 3, "cannot be read"),
+        ("rank = 6", "rnak = 6", 2, "did you mean 'rank'"),
+        ("steps = 6", "stpes = 6", 2, "did you mean 'steps'"),
+        ("limit = 16", 'limit = "few"', 2, "it must be a whole number"),
+        ("create-pr = true", "create-pr = 1", 2, "it must be true or false"),
+        ('policy = "policy.toml"', 'policy = "none.toml"', 3, "there is no policy none.toml"),
     ],
 )
 def test_a_file_that_is_wrong_is_one_line_and_nothing_happens(hub, command, place, old, new, code, text):
