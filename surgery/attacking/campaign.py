@@ -42,8 +42,7 @@ def run(
     Raises:
         InputError: The study there is of other inputs, or every trial failed.
     """
-    chosen = [attack for attack in budget.chosen(_known(ground)) if attack.name != curves.UNATTACKED]
-    _refuse_needs(chosen, ground)
+    chosen = chosen_on(ground, budget)
     folder.mkdir(parents=True, exist_ok=True)
     studies = _studies(ground, budget, chosen, storage or folder, seed)
     total = sum(count for _, _, count in studies)
@@ -68,12 +67,19 @@ def _known(ground: Ground) -> dict[str, Any]:
     return {**ground.target.data, "base": ground.target.base}
 
 
-def _refuse_needs(chosen: Sequence[type[Attack]], ground: Ground) -> None:
+def chosen_on(ground: Ground, budget: Budget) -> list[type[Attack]]:
+    """The attacks that a budget asks for.
+
+    Raises:
+        UsageError: There is no such attack, or the attacker lacks what one needs.
+    """
     known = _known(ground)
+    chosen = [attack for attack in budget.chosen(known) if attack.name != curves.UNATTACKED]
     for attack in chosen:
         if missing := [need for need in attack.needs if not known.get(need)]:
             option = "--base" if missing[0] == "base" else f"--{missing[0]}-data"
             raise UsageError(f"{attack.title} needs {missing[0]}; give {option}, or leave {attack.name} out")
+    return chosen
 
 
 def _studies(

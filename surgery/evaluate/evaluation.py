@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from surgery.attacking import ground
+from surgery.attacking import campaign, ground
 from surgery.attacking.ground import Ground
 from surgery.attacking.settings import Budget
 from surgery.errors import InputError, UsageError
@@ -76,6 +76,7 @@ def evaluate(
     ours = placed(model)
     theirs = placed(reference) if reference is not None else None
     _refuse_unlike(ours, theirs)
+    campaign.chosen_on(ours, budget)  # to refuse what is asked for before anything is measured
     assessed = partial(
         keeping.assessed, materials=found, measuring=measuring, budget=budget, seed=seed, say=say
     )

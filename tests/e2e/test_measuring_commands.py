@@ -165,6 +165,8 @@ def test_the_landscape_has_the_aligned_model_at_its_origin(tmp_path):
         (["attack", "demo:aligned", "--harmful-data", "none.jsonl"], 3),
         (["attack", "demo:aligned", "--judge", "oracle"], 2),
         (["evaluate", "demo:aligned", "--rows", "1"], 2),
+        (["evaluate", "demo:aligned", "--attacks", "wish"], 2),
+        (["evaluate", "demo:aligned", "--attacks", "reverse-lox"], 2),
         (["evaluate", "demo:aligned", "--choices", "none.jsonl"], 3),
         (["sweep", "lox", "demo:base", "demo:aligned", "--alpha", "-1"], 2),
         (["sweep", "lox", "demo:base", "demo:aligned", "--bound", "asr < 1"], 2),

@@ -115,7 +115,7 @@ def test_a_result_that_json_has_not_is_refused_and_the_trial_goes_on(opened):
 def test_a_study_of_another_identity_is_refused_with_the_first_key_that_differs(opened):
     opened().add(planned(1))
     opened(IDENTITY | {})
-    with pytest.raises(InputError, match=r"its options\.steps is 10, here it is 20; .*--overwrite"):
+    with pytest.raises(InputError, match=r"its options\.steps is 10, here it is 20; .*remove that one"):
         opened({"model": "abc", "options": {"steps": 20, "rates": [1]}})
     with pytest.raises(InputError, match="its data is not given, here it is 3"):
         opened({**IDENTITY, "data": 3})
