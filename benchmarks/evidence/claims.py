@@ -68,7 +68,7 @@ def slowest(facts: Facts) -> str | None:
 
 
 def slowed(facts: Facts) -> str | None:
-    """In few words how many rows make the attack longer."""
+    """Which rows make the attack longer, in few words for beside another ground's table."""
     found = judging.judged(facts)
     if not found:
         return None

@@ -29,8 +29,8 @@ Every figure on this page comes out of [evidence.json](evidence.json), and both 
 
 It does what the JSON lacks, goes on where it was interrupted, and writes this page anew; `make evidence FROM=nothing`
 forgets what there is. `make check-evidence` holds the page against the JSON and repeats one row. Cells that were not
-run, or did not finish, say so. A row is what was done to the aligned model; each cell of the JSON names the commands
-that repeat it.
+run, or did not finish, say so. A row is what was done to the aligned model, or where it says so to the base; each
+cell of the JSON names the commands that repeat it.
 
 **Attacker.** Harmful fine-tuning by AdamW with every combination of the rates, kinds and seeds named with each pair,
 harm looked at ever less often; the worst look of all of them is what counts. ASR is the share of held-out requests

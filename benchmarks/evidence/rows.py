@@ -1,4 +1,4 @@
-"""What is done to the aligned model, row by row.
+"""What is done to the aligned model, or in its place to the base, row by row.
 
 Words of a command in braces stand for models: `{base}` and `{aligned}` are the ground's, `{vaccine}` is what the row
 `vaccine` made.

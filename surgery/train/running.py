@@ -246,9 +246,7 @@ class _Job:
         model = network.make_trainable(model, self.method, self.training, label=label, seed=self.options.seed)
         states = States(staging.path, label, writes=leads)
         feed = self._feed()
-        run = Run(
-            self.method, model, feed, self.training, self.options.seed, self.crew, states, autocast
-        )  # fmt: skip
+        run = Run(self.method, model, feed, self.training, self.options.seed, self.crew, states, autocast)
         with tracking(self.crew, self.training, self.method, progress) as told:
             history = run.fit(told)
         if self.training.spare:
