@@ -252,17 +252,21 @@ def watched(out, action):
 def test_an_output_is_whole_at_every_moment_while_it_is_replaced(small, tmp_path):
     out = apply(small, tmp_path / "out")
     names = frozenset(os.listdir(out))
-    first = out.stat().st_ino
+    # Held open, so that no folder to come can be given its number.
+    first = os.open(out, os.O_RDONLY)
 
     def replace_often():
         for rank in (2, 3, 5):
             apply(small, out, rank=rank, overwrite=True)
 
-    watch = watched(out, replace_often)
+    try:
+        watch = watched(out, replace_often)
+        assert out.stat().st_ino != os.fstat(first).st_ino
+    finally:
+        os.close(first)
     assert not watch.faults
     assert watch.seen == {names}
     assert watch.samples > 20
-    assert out.stat().st_ino != first
     assert json.loads((out / "surgery.json").read_text())["options"]["rank"] == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
