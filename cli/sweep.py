@@ -51,7 +51,7 @@ _TRAINED: list[measuring.Option] = [
     ("train_retain_data", list[str] | None, None, ["--train-retain-data"], "The same: answers to be kept."),
     ("preset", Literal["auto", "paper", "small"], "auto", ["--preset"], "Values of fields that --set does not list."),
 ]  # fmt: skip
-_BUDGET = ("limit", "max_new_tokens", "max_length")
+_BUDGET = ("limit", "max_new_tokens", "max_length", "margin")
 _BOUND = re.compile(r"\s*([\w.-]+)\s*(<=|>=)\s*([-+.\deE]+)\s*")
 
 

@@ -71,10 +71,11 @@ class Ground:
         searches: By the names that `search_on` and `search_of` give them.
         probe: What is the same for every one of them.
         waves: Rows and searches in the order in which they are built and measured, those of a wave together.
+        one_by_one: Whether models are built one after the other, each on all cores, and not side by side on one each.
         data: Sources by the names of the trained methods' data sets.
         bases: Commands, without their output, that make the bases which searches name.
         spared: By column, options that spare what its figures do not rest on, and so are part of no key; of every
-            attack under `attack`.
+            attack under `attack`, of every sweep of a search under `search`.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Ground:
     searches: Mapping[str, Search]
     probe: Words
     waves: Sequence[Sequence[str]]
+    one_by_one: bool = False
     data: Mapping[str, str] = field(default_factory=dict)
     openings: Words = ()
     reach: Words = ()
@@ -107,7 +109,8 @@ _COMBINED = ("vaccine+lox", "circuit-breakers+lox")
 # loss still falls, so that among such trials another may be the one that is repeated), and nothing is read of the
 # likelihood of refusals or of inside.
 _SPARED: Mapping[str, Words] = {
-    "attack": ("--no-margin",), "harmful": ("--until-settled",), "evaluate": ("--no-inside",),
+    "attack": ("--no-margin",), SEARCH: ("--no-margin",), "harmful": ("--until-settled",),
+    "evaluate": ("--no-inside",),
 }  # fmt: skip
 
 _DEMO_DATA = (
@@ -308,6 +311,7 @@ REAL = Ground(
         ("booster", "t-vaccine", "condition-number"),
         ("mlac", "tar"),
     ),
+    one_by_one=True,
 )  # fmt: skip
 
 GROUNDS: Mapping[str, Ground] = {ground.name: ground for ground in (DEMO, REAL)}

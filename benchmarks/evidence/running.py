@@ -1,17 +1,33 @@
-"""One command of the study: run in the ground's folder, timed, its memory watched from outside."""
+"""One command of the study: run in the ground's folder, timed, its memory watched from outside.
 
+Commands are forked from one process that has imported what most of them need: the imports take each of them seconds,
+and many have little more to do. So times are told without them, and memory with those of all.
+"""
+
+import functools
+import multiprocessing
 import os
+import runpy
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 from benchmarks.memory import MIB, anonymous
-from benchmarks.timing import ENVIRONMENT
+from benchmarks.timing import ENVIRONMENT, cores
+
+IMPORTED = (
+    "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "matplotlib.figure", "optuna.storages",
+    "peft", "pydantic", "sqlalchemy.dialects.sqlite", "sqlalchemy.orm", "torch", "transformers.generation.utils",
+    "transformers.models.llama.modeling_llama", "surgery.attacking.page", "surgery.attacking.report",
+    "surgery.cli.app", "surgery.cli.commands", "surgery.cli.edit", "surgery.evaluate.report",
+    "surgery.sweeping.report", "surgery.train.running",
+)  # fmt: skip
+"""Modules that commands are forked with."""
 
 _INTERVAL = 0.05
 # Exit codes of a command that was interrupted, by itself or by the signal.
@@ -48,8 +64,18 @@ def spelled(words: Sequence[str]) -> str:
     return shlex.join(words)
 
 
+@functools.cache
+def _starter() -> ForkServerContext:
+    """What forks commands; its process takes over this one's environment, and ends with it."""
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ.update(ENVIRONMENT, PYTHONPATH=os.pathsep.join(paths), TOKENIZERS_PARALLELISM="false")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*IMPORTED])
+    return context
+
+
 def run(words: Sequence[str], folder: Path, log: Path, *, threads: int | None = None) -> Ran:
-    """Run a command that begins with `surgery` or `python` by this interpreter.
+    """Run a command, `surgery ...` or `python -m MODULE ...`, by this interpreter.
 
     Args:
         words: The command.
@@ -61,42 +87,44 @@ def run(words: Sequence[str], folder: Path, log: Path, *, threads: int | None = 
         CommandFailedError: It failed.
         StoppedError: It was interrupted.
     """
-    start = {"surgery": ["-m", "surgery"], "python": []}[words[0]]
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": root, "TOKENIZERS_PARALLELISM": "false"}
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
     begun = time.perf_counter()
     with log.open("a") as told:
         told.write(f"$ {spelled(words)}\n")
-        told.flush()
         said_from = told.tell()
-        process = subprocess.Popen(
-            [sys.executable, *start, *words[1:]],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=told,
-            stderr=told,
-        )
-        peak = _watched(process)
-    if process.returncode in _STOPPED:
+    process = _starter().Process(target=_carry_out, args=(words, folder, log.resolve(), threads or cores()))
+    process.start()
+    peak = _watched(process)
+    if process.exitcode in _STOPPED:
         raise StoppedError(spelled(words[:2]))
-    if process.returncode:
+    if process.exitcode:
         said = log.read_text()[said_from:].strip()[-_TAIL:]
-        raise CommandFailedError(f"{spelled(words[:2])} ended with {process.returncode}: {said}")
+        raise CommandFailedError(f"{spelled(words[:2])} ended with {process.exitcode}: {said}")
     return Ran(spelled(words), time.perf_counter() - begun, peak / MIB)
 
 
-def _watched(process: subprocess.Popen[bytes]) -> int:
+def _carry_out(words: Sequence[str], folder: Path, log: Path, threads: int) -> None:
+    """In the forked process: be the command."""
+    import torch
+
+    os.chdir(folder)
+    with log.open("a") as told:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(told.fileno(), stream.fileno())
+    torch.set_num_threads(threads)
+    module, options = ("surgery", words[1:]) if words[0] == "surgery" else (words[2], words[3:])
+    sys.argv = [words[0], *options]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _watched(process: ForkServerProcess) -> int:
     """The largest anonymous memory of a process until it ends, bytes; the process is gone afterwards."""
     largest = 0
     try:
-        while process.poll() is None:
-            largest = max(largest, anonymous(process.pid))
-            time.sleep(_INTERVAL)
+        while process.is_alive():
+            largest = max(largest, anonymous(process.pid or 0))
+            process.join(_INTERVAL)
     finally:
-        if process.poll() is None:
+        if process.is_alive():
             process.kill()
-            process.wait()
+            process.join()
     return largest

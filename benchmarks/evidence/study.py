@@ -1,4 +1,4 @@
-"""Runs what the ledger lacks: wave by wave, models one by one, then what is measured of them side by side."""
+"""Runs what the ledger lacks: wave by wave, models first, then what is measured of them."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.__main__ import ROOT, commit, machine
 from benchmarks.evidence import columns, searching
 from benchmarks.evidence.columns import EVALUATE, KEPT, Column
-from benchmarks.evidence.grounds import Ground
+from benchmarks.evidence.grounds import SEARCH, Ground
 from benchmarks.evidence.keys import BUILD, MODEL, Keys
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import NONE, Row, named
@@ -45,7 +45,7 @@ class Study:
         ground: Which.
         ledger: Where cells are kept.
         folder: Where commands run; models and studies are kept there for a run to come.
-        processes: Measurements side by side, each on one core.
+        processes: Commands side by side, each on one core.
         say: Told of progress.
         columns: What is measured.
     """
@@ -73,16 +73,21 @@ class Study:
             chosen = [name for name in wave if not only or name in only]
             self._searched([name for name in chosen if name in self.ground.searches], keys)
             rows = [named(name) for name in chosen if name not in self.ground.searches]
-            for row in rows:
-                if self._lacks(row, keys):
-                    self._built(row, keys)
+            self._models([row for row in rows if self._lacks(row, keys)], keys)
             self._reference(rows, keys)
-            self._together([one for row in rows for one in self._measurements(row, keys)])
+            self._together([one for row in rows for one in self._measurements(row, keys)], self.processes)
 
-    def _together(self, tasks: Sequence[Callable[[], None]]) -> None:
-        with ThreadPoolExecutor(self.processes) as pool:
+    def _together(self, tasks: Sequence[Callable[[], None]], processes: int) -> None:
+        with ThreadPoolExecutor(processes) as pool:
             for future in [pool.submit(task) for task in tasks]:
                 future.result()
+
+    def _models(self, rows: Sequence[Row], keys: Keys) -> None:
+        """Make the models of rows, those that others start from before these."""
+        first = {row.on or row.name: None for row in rows}
+        processes = 1 if self.ground.one_by_one else self.processes
+        for some in (map(named, first), filter(lambda row: row.on, rows)):
+            self._together([partial(self._built, row, keys) for row in some], processes)
 
     def _reference(self, rows: Sequence[Row], keys: Keys) -> None:
         """Evaluate the undefended model again, where rows could take that up and only its figures are there."""
@@ -125,9 +130,7 @@ class Study:
         return self.ground.aligned if row.name == NONE else f"{row.name}/{MODEL}"
 
     def _built(self, row: Row, keys: Keys) -> None:
-        """Make a row's model, unless it is there as this key wants it."""
-        if row.on:
-            self._built(named(row.on), keys)
+        """Make a row's model, unless it is there as this key wants it; what it starts from is there."""
         mark = self.folder / row.name / "made"
         try:
             key = keys.row(row, BUILD)
@@ -143,7 +146,8 @@ class Study:
         else:
             self.say(f"{self.ground.name}: {row.name}: build")
             output, before = f"{row.name}/{MODEL}", self._cell(row, BUILD, keys)
-            self._carry_out(row.name, BUILD, key, iter([[*keys.words(row), "-o", output]]), dict, None)
+            commands = iter([[*keys.words(row), "-o", output]])
+            self._carry_out(row.name, BUILD, key, commands, dict, None if self.ground.one_by_one else 1)
             if before is not None and self._cell(row, BUILD, keys) is not None:
                 # Only the folder was gone: what the model costs was measured, maybe on a quieter machine.
                 self._keep(row.name, BUILD, before)
@@ -169,11 +173,11 @@ class Study:
             done, on = keys.current_searches(name), self.ground.searches[name].on
             sweeps = [(cell, number) for cell, number in keys.sweeps(name).items() if cell not in done]
             if sweeps and on != NONE:
-                self._built(named(on), keys)
+                self._models([named(on)], keys)
             for base in sorted({keys.search_base(name, number) for _, number in sweeps} - {""}):
                 self._based(base, keys)
             lacking += [partial(self._search, name, cell, number, keys) for cell, number in sweeps]
-        self._together(lacking)
+        self._together(lacking, self.processes)
 
     def _based(self, name: str, keys: Keys) -> None:
         """Make a base that sweeps name, unless it is there as wanted; where it fails, the sweep does too."""
@@ -195,7 +199,8 @@ class Study:
         output = f"{name}/{key}"
         self.say(f"{self.ground.name}: {name}: {' '.join(words[3:9])} ...")
         read = partial(searching.read, self.folder / output, keys.search_base(name, number))
-        self._carry_out(name, cell, key, iter([[*words, "-o", output]]), read, 1)
+        words += [*self.ground.spared.get(SEARCH, ()), "-o", output]
+        self._carry_out(name, cell, key, iter([words]), read, 1)
 
     def _carry_out(
         self, row: str, column: str, key: str, commands: Iterator[list[str]], read: Callable[[], dict[str, Any]],

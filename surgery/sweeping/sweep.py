@@ -45,7 +45,7 @@ class Setting:
     Attributes:
         output: The folder of the sweep; made if need be.
         probing: What is measured.
-        budget: Its `limit`, `max_length` and `max_new_tokens` hold here.
+        budget: Its `limit`, `max_length`, `max_new_tokens` and `margin` hold here.
         options: How edits are rounded; seed and device.
         columns: Where the rows keep prompt and response.
         data: Sources, as an evaluation takes them; a `demo:` model has its own.
@@ -253,6 +253,7 @@ def _study(method: str, place: Ground, setting: Setting, own: Mapping[str, Any])
         "checkpoint": checkpoint_fingerprint(place.checkpoint, place.source),
         "probing": asdict(setting.probing),
         "limit": setting.budget.limit,
+        "margin": setting.budget.margin,
         "seed": setting.options.seed,
         **own,
     }

@@ -141,6 +141,13 @@ def test_a_sweep_marks_its_front_and_writes_the_best(tmp_path, capsys):
     assert (tmp_path / "best" / "surgery.json").is_file()
     surgery(*words, "--bound", "stability.perplexity_ratio <= 0.001", "--choose", tmp_path / "none", code=1)
     assert not (tmp_path / "none").exists()
+    one = ["--rank", "6", "--alpha", "1.5", "--limit", "16", "--attack-steps", "6", "-o", tmp_path / "bare"]
+    surgery("sweep", "lox", "demo:base", "demo:aligned", *one, "--no-margin")
+    [bare] = json.loads((tmp_path / "bare" / "sweep.json").read_text())["trials"]
+    margins = [trial["scores"].pop("resistance.margin")["value"] for trial in (moved, bare)]
+    assert margins[0] is not None
+    assert margins[1] is None
+    assert bare["scores"] == moved["scores"]
 
 
 def test_the_landscape_has_the_aligned_model_at_its_origin(tmp_path):

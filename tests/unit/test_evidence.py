@@ -16,7 +16,6 @@ from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH, search_on
 from benchmarks.evidence.keys import BUILD, Keys
 from benchmarks.evidence.ledger import Ledger, dumped
 from benchmarks.evidence.rows import ANEW, NONE, ROWS, named
-from benchmarks.evidence.running import CommandFailedError, run
 from surgery.methods.vaccine import Vaccine
 
 # Columns with a table of their own.
@@ -285,15 +284,6 @@ def test_a_row_that_waits_for_the_search_counts_as_not_run(ledger):
     assert Facts(ledger, "demo").cell("lox-best", "harmful") is None
     with pytest.raises(searching.NothingChosenError):
         Keys(DEMO, ledger, "demo").row(named("lox-best"), BUILD)
-
-
-def test_a_command_is_timed_and_a_failing_one_says_why(tmp_path):
-    ran = run(["python", "-c", "print('there')"], tmp_path, tmp_path / "log.txt", threads=1)
-    assert ran.wall > 0
-    assert ran.words == """python -c 'print('"'"'there'"'"')'"""
-    assert "there" in (tmp_path / "log.txt").read_text()
-    with pytest.raises(CommandFailedError, match="no such thing"):
-        run(["python", "-c", "raise SystemExit('no such thing')"], tmp_path, tmp_path / "log.txt")
 
 
 def test_a_row_that_comes_out_otherwise_is_noticed(ledger):
