@@ -113,8 +113,8 @@ def _studies(
 
 def _one(trial: Trial, params: Mapping[str, Any], ground: Ground, budget: Budget) -> str:
     """Run a trial and put its result into the study; what came of it, in one line."""
-    name = params["attack"]
-    told = ", ".join(f"{key} {value}" for key, value in params.items() if key in ("kind", "lr", "seed"))
+    said = ", ".join(f"{key} {value}" for key, value in params.items() if key in ("kind", "lr", "seed"))
+    name = f"{params['attack']} {said}".rstrip()
     try:
         found = trials.run(
             record(params),
@@ -128,13 +128,11 @@ def _one(trial: Trial, params: Mapping[str, Any], ground: Ground, budget: Budget
         raise
     except SurgeryError as error:
         trial.fail(str(error))
-        return f"{name} {told}: failed, {error}"
+        return f"{name}: failed, {error}"
     best = curves.worst([{"number": 0, "params": params, **found}], ground.rate)
     value = best[ground.rate]["value"] if best[ground.rate] else None
     trial.finish(found, [value if value is not None else 0.0])
-    return (
-        f"{name} {told}: {ground.rate} {value if value is None else round(value, 3)} at {best['steps']} steps"
-    )
+    return f"{name}: {ground.rate} {value if value is None else round(value, 3)} at {best['steps']} steps"
 
 
 def _documents(study: Study, fixed: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -45,10 +45,11 @@ class Trainability:
         """Steps of the model over those of the reference; above 1 the model learns more slowly.
 
         Where a run of the model did not get there, what is known is that the ratio is larger than with the steps
-        taken. It has no value where a run of the reference did not get there or was there before the first step.
+        taken. It has no value where a run of the reference did not get there, or a run of either was there before
+        the first step: nothing was learnt on the way, and a ratio of 0 would say that all of it was.
         """
         theirs = [run.value for run in self.reference_steps()]
-        if None in theirs or 0 in theirs:
+        if None in theirs or 0 in (*theirs, *(run.value for run in self.steps())):
             return Score(None, len(theirs), None, None, "none")
         below = [value for value in theirs if value is not None]
         ours = [run.censored_at if run.value is None else run.value for run in self.steps()]

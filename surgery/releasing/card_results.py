@@ -87,7 +87,7 @@ def _worst(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"**Worst case over all attacks ({plain(found['rate'])}): {_both(found, name)}.**"
     steps = "resistance.steps_to_break"
     if steps in found["metrics"]:
-        yield f"Steps of the earliest attack until broken: {_both(found, steps)}."
+        yield f"Steps of training until the earliest of the attacks that train broke it: {_both(found, steps)}."
 
 
 def _both(found: Mapping[str, Any], name: str) -> str:

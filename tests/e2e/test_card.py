@@ -25,7 +25,7 @@ def measured(tmp_path_factory):
         0,
         None,
     )
-    limits = ["--steps", 9, "--limit", 16, "--rows", 16, "--practice-steps", 4]
+    limits = ["--steps", 9, "--limit", 16, "--rows", 16, "--practice-steps", 12]
     assert run("evaluate", edited, "--reference", "demo:aligned", *limits, "-q", "-o", report) in (0, None)
     return edited, report
 

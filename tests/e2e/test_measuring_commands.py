@@ -31,7 +31,7 @@ def evaluated(edited, tmp_path_factory):
     surgery(
         "evaluate", edited, "--reference", "demo:aligned", *SHORT, "--steps", 12, "--attacks",
         "harmful-finetune,prefill",
-        "--rows", 16, "--practice-steps", 4, "--export", "tamperbench", "-q", "-o", folder,
+        "--rows", 16, "--practice-steps", 12, "--export", "tamperbench", "-q", "-o", folder,
     )  # fmt: skip
     return folder
 

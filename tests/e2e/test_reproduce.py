@@ -237,7 +237,8 @@ def test_of_a_trained_model_the_merge_is_repeated_where_the_adapter_is(tmp_path,
     assert reproduce("out").verdict == "identical"
     Path("out-adapter").rename("elsewhere")
     with pytest.raises(
-        InputError, match=r"no folder .*adapter.*training is not repeated.*surgery vaccine demo:al"
+        InputError,
+        match=r"not lie beside it; --input adapter=.*training is not repeated.*surgery vaccine demo:al",
     ):
         reproduce("out")
     assert reproduce("out", inputs={"adapter": "elsewhere"}).verdict == "identical"

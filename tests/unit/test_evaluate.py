@@ -422,6 +422,8 @@ def test_a_task_the_reference_knows_already_gives_no_ratio():
     found = trainability.compare([curve(5, 1)], [curve(1, 1)])
     assert found.reference_steps()[0].value == 0
     assert found.steps_ratio().value is None
+    knowing = trainability.compare([curve(1, 0.5)], [curve(5, 1)], target=2.0)
+    assert (knowing.steps()[0].value, knowing.steps_ratio().value) == (0, None)
     never = trainability.compare([curve(5, 1)], [curve(5, 4)], target=2.0)
     assert (never.steps_ratio().value, never.steps_ratio().interval) == (None, "none")
 
