@@ -83,10 +83,9 @@ def check(ledger: Ledger) -> int:
 
 def page(ledger: Ledger) -> str:
     """docs/evidence.md."""
-    parts = [_HEAD]
+    parts = [_HEAD, "## Reading", *claims.reading(ledger)]
     for name in GROUNDS:
         parts += [f"## {GROUNDS[name].title}", *_ground(Facts(ledger, name), ledger)]
-    parts += ["## Reading", *claims.reading(ledger)]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
@@ -165,11 +164,16 @@ def _covered(name: str, facts: Facts) -> list[Row]:
 
 
 def _table(columns: Sequence[tuple[str, Cell]], facts: Facts, rows: Sequence[Row] = ()) -> str:
+    """A line for each row, and one for all those of which nothing was run."""
     lines = ["| | " + " | ".join(title for title, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    absent = []
     for row in rows or facts.rows():
         cells = [cell(facts, row) for _, cell in columns]
-        lines.append(f"| {row.title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        if set(cells) == {_ABSENT}:
+            absent.append(row.title)
+        else:
+            lines.append(f"| {row.title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + (f"\n\n{_ABSENT}: {'; '.join(absent)}." if absent else "")
 
 
 def _percent(score: dict[str, Any] | None) -> str:
