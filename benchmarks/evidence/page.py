@@ -1,5 +1,6 @@
 """docs/evidence.md and the README's part, made from the ledger and from nothing else."""
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -332,17 +333,25 @@ def _search(facts: Facts, name: str) -> Iterator[str]:
         yield "\n".join(f"* {base}: `{' '.join(facts.ground.bases[base])}`" for base in sorted(bases))
 
 
+def _hours(facts: Facts, processes: int) -> float:
+    """What the cells there are take from nothing."""
+    walls = [(column, cell.get("wall", 0.0)) for row in facts.known.values() for column, cell in row.items()]
+    models = math.fsum(wall for column, wall in walls if column == BUILD)
+    measured = math.fsum(wall for column, wall in walls if column != BUILD)
+    return (models / (1 if facts.ground.one_by_one else processes) + measured / processes) / 3600
+
+
 def _made(ledger: Ledger, facts: Facts) -> Iterator[str]:
     """What made each row's model, and on what machine for how long."""
     about = ledger.ground(facts.ground.name)["about"]
     cells = [cell for row in facts.known.values() for cell in row.values()]
     if not cells or not about:
         return
-    hours = sum(cell.get("wall", 0.0) for cell in cells) / 3600
     commits = sorted({cell["commit"] for cell in cells if "commit" in cell})
     yield (
         f"Measured on {about['cores']} cores ({about['processor']}, torch {about['torch']}), {about['processes']} "
-        f"measurements side by side: {hours:.1f} hours of commands; commits {', '.join(commits)}."
+        f"commands side by side{', but models one by one' * facts.ground.one_by_one}: by the times of all commands "
+        f"{_hours(facts, about['processes']):.1f} hours from nothing; commits {', '.join(commits)}."
     )
     where = Counter(cell["processor"] for cell in cells if "processor" in cell)
     if len(where) > 1:

@@ -169,6 +169,19 @@ def test_the_page_marks_what_was_not_run(ledger):
     assert "No defence" not in first
 
 
+@pytest.mark.parametrize(("one_by_one", "hours"), [(True, "1.5"), (False, "1.0")])
+def test_the_page_says_how_long_it_takes_from_nothing(tmp_path, one_by_one, hours):
+    ledger = filled(tmp_path / "evidence.json")
+    for cells in ledger.ground("demo")["rows"].values():
+        for cell in cells.values():
+            cell["wall"] = 0.0
+    put(ledger, "vaccine", BUILD, done({}, wall=3600.0))
+    put(ledger, "vaccine", "harmful", {**ledger.cell("demo", LOX, "harmful"), "wall": 3600.0})
+    found = Facts(ledger, "demo")
+    found.ground = dataclasses.replace(found.ground, one_by_one=one_by_one)
+    assert f"{hours} hours from nothing" in "".join(page._made(ledger, found))
+
+
 def test_every_row_and_every_ground_is_on_the_page(ledger):
     text = page.page(ledger)
     for ground in GROUNDS.values():
