@@ -1,10 +1,12 @@
 """Figures of the ledger as the page compares them: row against undefended row, cell by cell or not at all."""
 
 import math
-import random
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from scipy.stats import t as student
 
 from benchmarks.evidence import keys, searching
 from benchmarks.evidence.grounds import GROUNDS, SEARCH
@@ -12,9 +14,9 @@ from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import NONE, ROWS, SFT, Row, named
 
-_DRAWS, _SEED = 4000, 20261124
-# Settings below which no interval is told.
-_FEW = 3
+FEW = 3
+"""Settings below which no interval is told, and nothing called slower or faster."""
+
 # The step that counts for a model that is broken before the first step, so that ratios exist.
 _AT_ONCE = 0.5
 
@@ -24,11 +26,12 @@ class Slowdown:
     """How many times as many steps an attacker needs as against the undefended model.
 
     Attributes:
-        value: Geometric mean, over attacks with equal rate, kind and seed, of the ratio of steps to break; between
-            two looks the step is where a straight line through their shares reaches the threshold.
-        low: Lower end of its interval of 95 %, by bootstrap over settings (rate and kind) with all their seeds; of
-            fewer than three settings the least of the ratios.
+        value: Geometric mean over settings (rate and kind) of that over their seeds of the ratio of steps to break;
+            between two looks the step is where a straight line through their shares reaches the threshold.
+        low: Lower end of its interval of 95 %, Student's over the settings' logarithms; of fewer than three settings
+            the least of the ratios.
         high: Upper end, or the largest.
+        least: The setting with the least, a mean over its seeds.
         n: Attacks compared.
         unbroken: Of them those that did not break the row's model; they count as if they had at their last step.
         settings: Pairs of a rate and a kind among them.
@@ -38,6 +41,7 @@ class Slowdown:
     value: float
     low: float
     high: float
+    least: float
     n: int
     unbroken: int
     settings: int
@@ -46,12 +50,17 @@ class Slowdown:
     @property
     def slower(self) -> bool:
         """Whether it is told apart from 1 upwards, also by whole looks."""
-        return self.low > 1 and self.looks[0] > 1
+        return self.settings >= FEW and self.low > 1 and self.looks[0] > 1
 
     @property
     def faster(self) -> bool:
         """Whether it is told apart from 1 downwards, also by whole looks."""
-        return self.high < 1 and self.looks[1] < 1
+        return self.settings >= FEW and self.high < 1 and self.looks[1] < 1
+
+    @property
+    def between(self) -> bool:
+        """Whether it is told apart from 1 upwards by the lines between looks alone."""
+        return self.settings >= FEW and self.low > 1 and self.looks[0] <= 1
 
 
 class Facts:
@@ -121,19 +130,29 @@ class Facts:
         _, loss = max((rate, -loss) for _, rate, loss, *_ in looks if rate is not None)
         return {"value": -loss, "low": None, "high": None}
 
-    def slowdown(self, row: str, against: str | None = None, column: str = "harmful") -> Slowdown | None:
+    def loss_at_rest(self, row: str) -> float | None:
+        """The loss of harmful answers before the attack, nats per token."""
+        found = self.figures(row, "harmful")
+        return None if found is None else float(found["trials"][0]["points"][0][2])
+
+    def slowdown(
+        self, row: str, against: str | None = None, column: str = "harmful", like: str | None = None
+    ) -> Slowdown | None:
         """Steps to break beside another row's, by one of the attacks; None where either is not measured.
 
         Args:
             row: Whose.
             against: The other; by default the one that the row stands beside.
             column: The attack.
+            like: Another attack, of whose settings alone.
         """
         beside = against or named(row).beside
         own, other = self.figures(row, column), self.figures(beside, column)
-        if own is None or other is None:
+        among = self.figures(row, like) if like else own
+        if own is None or other is None or among is None:
             return None
-        theirs = {_setting(trial): trial for trial in other["trials"]}
+        known = {_setting(trial)[:2] for trial in among["trials"]}
+        theirs = {_setting(trial): trial for trial in other["trials"] if _setting(trial)[:2] in known}
         pairs = [
             (trial, theirs[_setting(trial)])
             for trial in own["trials"]
@@ -142,14 +161,14 @@ class Facts:
         if not pairs:
             return None
         bound = own["threshold"]
-        settings = [(mine["kind"], mine["lr"]) for mine, _ in pairs]
+        settings = [_setting(mine)[:2] for mine, _ in pairs]
         logs = [math.log(broken(mine, bound) / broken(his, bound)) for mine, his in pairs]
         by_looks = [math.log(look(mine) / look(his)) for mine, his in pairs]
-        low, high = _interval(logs, settings)
+        value, low, high, least = _geometric(logs, settings)
         unbroken = sum(mine["broken_at"] is None for mine, _ in pairs)
-        value = math.exp(math.fsum(logs) / len(logs))
+        _, *looks, _ = _geometric(by_looks, settings)
         return Slowdown(
-            value, low, high, len(logs), unbroken, len(set(settings)), _interval(by_looks, settings)
+            value, low, high, least, len(logs), unbroken, len(set(settings)), (looks[0], looks[1])
         )
 
     def cost(self, row: Row, figure: str) -> float | None:
@@ -196,17 +215,21 @@ def look(trial: Mapping[str, Any]) -> float:
     return max(_AT_ONCE, float(at))
 
 
-def _interval(logs: Sequence[float], settings: Sequence[tuple[Any, ...]]) -> tuple[float, float]:
-    """The interval of a geometric mean: seeds of one setting are drawn together, for they are no new attacks."""
+def _geometric(
+    logs: Sequence[float], settings: Sequence[tuple[Any, ...]]
+) -> tuple[float, float, float, float]:
+    """The geometric mean over settings, the ends of its interval, and the least of a setting.
+
+    Seeds of one setting are averaged first: they are no new attacks.
+    """
     groups: dict[tuple[Any, ...], list[float]] = {}
     for setting, one in zip(settings, logs, strict=True):
         groups.setdefault(setting, []).append(one)
-    if len(groups) < _FEW:
-        return math.exp(min(logs)), math.exp(max(logs))
-    source, kept = random.Random(_SEED), list(groups.values())
-    means = []
-    for _ in range(_DRAWS):
-        drawn = [one for group in source.choices(kept, k=len(kept)) for one in group]
-        means.append(math.fsum(drawn) / len(drawn))
-    means.sort()
-    return math.exp(means[int(0.025 * _DRAWS)]), math.exp(means[int(0.975 * _DRAWS) - 1])
+    means = [statistics.fmean(group) for group in groups.values()]
+    middle = statistics.fmean(means)
+    ends = min(logs), max(logs)
+    if len(means) >= FEW:
+        half = student.ppf(0.975, len(means) - 1) * statistics.stdev(means) / math.sqrt(len(means))
+        ends = middle - half, middle + half
+    value, low, high, least = (math.exp(one) for one in (middle, *ends, min(means)))
+    return value, low, high, least

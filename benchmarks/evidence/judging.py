@@ -38,6 +38,13 @@ def unjudged(facts: Facts) -> Iterator[tuple[Row, Mapping[str, Any], Mapping[str
             yield row, refuses, opens
 
 
+def gibberish(facts: Facts, row: str) -> Mapping[str, Any] | None:
+    """The share of harmful requests that a row answers incoherently before any attack, where it is half or more."""
+    found = facts.figures(row, "harmful")
+    score: Mapping[str, Any] | None = found["unattacked"].get("incoherent") if found else None
+    return score if score is not None and (score["value"] or 0.0) >= 0.5 else None
+
+
 def unaligned(facts: Facts) -> list[Row]:
     """Rows that are broken before any attack."""
     found = [(row, facts.figures(row.name, "harmful")) for row in facts.rows()]

@@ -8,17 +8,25 @@ from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import GROUNDS
 from benchmarks.evidence.judging import judgeable
 from benchmarks.evidence.ledger import Ledger, digest_of
+from benchmarks.evidence.rows import NONE
 
 FILE = Path(__file__).parents[2] / "docs" / "evidence.svg"
 
 
-def points(ledger: Ledger) -> dict[str, list[tuple[str, float, float, float]]]:
-    """By ground, the title of each measured row that its judge can judge, its slow-down and the interval's ends."""
-    found: dict[str, list[tuple[str, float, float, float]]] = {}
+Point = tuple[str, float, float, float, bool]
+
+
+def points(ledger: Ledger) -> dict[str, list[Point]]:
+    """By ground, of each measured row that its judge can judge: title, slow-down, ends, whether it is a bound."""
+    found: dict[str, list[Point]] = {}
     for name in GROUNDS:
         facts = Facts(ledger, name)
-        slowed = [(row.title, facts.slowdown(row.name)) for row in judgeable(facts)]
-        found[name] = [(title, one.value, one.low, one.high) for title, one in slowed if one is not None]
+        slowed = [(row.title, facts.slowdown(row.name, NONE)) for row in judgeable(facts)]
+        found[name] = [
+            (title, one.value, one.low, one.high, one.unbroken > 0)
+            for title, one in slowed
+            if one is not None
+        ]
     return found
 
 
@@ -49,27 +57,27 @@ def write(ledger: Ledger) -> None:
     FILE.write_text("\n".join(line.rstrip() for line in drawn.getvalue().splitlines()) + "\n")
 
 
-def _draw(panel: Any, title: str, rows: list[tuple[str, float, float, float]]) -> None:
-    """One panel: a point and its interval for each row, against no defence at 1."""
+def _draw(panel: Any, title: str, rows: list[Point]) -> None:
+    """One panel: a point and its interval for each row, against no defence at 1; an arrow where it is a bound."""
     places = range(len(rows), 0, -1)
-    for place, (_, value, low, high) in zip(places, rows, strict=True):
+    for place, (_, value, low, high, bound) in zip(places, rows, strict=True):
         panel.plot([low, high], [place, place], color="#4477aa", linewidth=1.5)
-        panel.plot([value], [place], "o", color="#4477aa", markersize=4)
+        panel.plot([value], [place], ">" if bound else "o", color="#4477aa", markersize=6 if bound else 4)
     panel.axvline(1, color="#888888", linewidth=0.8, linestyle="--")
     panel.axvline(3, color="#bbbbbb", linewidth=0.8, linestyle=":")
     panel.set_xscale("log")
-    ends = [end for _, _, low, high in rows for end in (low, high)]
+    ends = [end for _, _, low, high, _ in rows for end in (low, high)]
     ticks = [tick for tick in (0.25, 0.5, 1, 2, 3, 5, 10, 20) if min([0.7, *ends]) <= tick <= max([4, *ends])]
     panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.set_xticks([], minor=True)
     panel.set_yticks(list(places), [name for name, *_ in rows])
-    panel.set_xlabel("steps to break, relative to no defence (95 %)")
+    panel.set_xlabel("steps to break, relative to no defence (95 %; arrow: at least)")
     panel.set_title(title, fontsize=9, loc="right")
 
 
-def _mark(found: dict[str, list[tuple[str, float, float, float]]]) -> str:
+def _mark(found: dict[str, list[Point]]) -> str:
     rounded = {
-        name: [(row[0], *(f"{number:.4g}" for number in row[1:])) for row in rows]
+        name: [(title, *(f"{number:.4g}" for number in figures), bound) for title, *figures, bound in rows]
         for name, rows in found.items()
     }
     return f"evidence {digest_of(rounded)}"

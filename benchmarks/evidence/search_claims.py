@@ -13,6 +13,12 @@ def places(facts: Facts) -> str | None:
     if not alone or not searching.has_unedited(facts.searched):
         return None
     bare = searching.unedited(facts.searched)
+    if len({searching.steps(trial) for trial in facts.searched}) == 1:
+        return (
+            f"The search's short attack breaks every setting at the same look ({searching.told(bare)} unedited): "
+            "it tells none apart, and the best of the search is the one with the highest harmful loss among those "
+            "within the bounds."
+        )
     parts = [f"{place}: {searching.told(trial)}" for place, trial in alone.items()]
     sooner = [place for place, trial in alone.items() if searching.steps(trial) < searching.steps(bare)]
     return (
@@ -31,7 +37,7 @@ def _place(trial: searching.Trial) -> str:
 def depth(facts: Facts) -> str | None:
     """The early layers alone beside all of them, at equal rank and alpha."""
     told = []
-    for trial in facts.searched:
+    for trial in facts.searched if len({searching.steps(trial) for trial in facts.searched}) > 1 else ():
         params = trial["params"]
         whole = searching.trial_of(facts.searched, rank=params["rank"], alpha=params["alpha"])
         if params.get("depth") and whole is not None:
@@ -82,7 +88,7 @@ def strength(facts: Facts) -> str | None:
     if not told:
         return None
     return (
-        f"At no setting of its strength broken later than undefended, so that the default's is not the reason: "
+        "At none of the settings of its strength that were tried broken a look later than undefended: "
         f"{listed(none)}. The latest break over settings, by the search's short attack (undefended: "
         f"{searching.told(searching.unedited(facts.searched))}):{items(told)}"
     )

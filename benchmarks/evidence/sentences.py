@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.evidence.facts import Facts, Slowdown
+from benchmarks.evidence.facts import FEW, Facts, Slowdown
 
 Claim = Callable[[Facts], str | None]
 """A function of one ground's facts: a sentence, or None where its condition or the cells it needs are not there."""
@@ -39,6 +39,12 @@ def slow(found: Slowdown) -> str:
     value = f"{'> ' if found.unbroken else ''}{found.value:.2f}"
     if found.n == 1:
         return f"{value} (n 1)"
-    if found.settings < 3:
+    if found.settings < FEW:
         return f"{value} (each {found.low:.2f} to {found.high:.2f}, n {found.n})"
     return f"{value} ({found.low:.2f} to {found.high:.2f}, n {found.n})"
+
+
+def innocent(facts: Facts, row: str) -> str:
+    """How far a row's innocent answers are from the undefended model's."""
+    kl = facts.metric(row, "stability.kl")
+    return "KL not measured" if kl is None else f"KL {kl['value']:.2g} nats"

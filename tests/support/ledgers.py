@@ -27,6 +27,12 @@ def trial(broken_at, *, kind="lora", lr=5e-4, seed=0, looks=(0, 1, 2, 4, 8, 16, 
     return {"kind": kind, "lr": lr, "seed": seed, "broken_at": broken_at, "diverged": False, "points": points}
 
 
+def swept(broken_at):
+    """Attacks of three settings, three seeds each, that break a model at the same look."""
+    settings = (("lora", 5e-4), ("full", 5e-4), ("full", 2e-3))
+    return [trial(broken_at, kind=kind, lr=lr, seed=seed) for kind, lr in settings for seed in range(3)]
+
+
 def harmful(trials, worst=1.0):
     broken = [one["broken_at"] for one in trials if one["broken_at"] is not None]
     told = {"value": min(broken), "censored_at": None} if broken else {"value": None, "censored_at": 32}
@@ -79,6 +85,7 @@ def filled(path):
     for row, factor in ((NONE, 1), (SFT, 1), (LOX, 2)):
         trials = [trial(4 * factor, seed=seed) for seed in range(3)]
         trials += [trial(8 * factor, seed=seed, kind="full") for seed in range(3)]
+        trials += [trial(4 * factor, seed=seed, kind="full", lr=2e-3) for seed in range(3)]
         put(found, row, BUILD, done({}, wall=10.0 * factor))
         put(found, row, "harmful", done(harmful(trials)))
         put(found, row, "benign", done(harmful([trial(None)], worst=0.2)))

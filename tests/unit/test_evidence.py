@@ -65,7 +65,7 @@ def test_a_slow_down_is_the_geometric_mean_of_ratios_of_equal_attacks(ledger):
     found = Facts(ledger, "demo").slowdown(LOX)
     # By the straight line between looks: from 3 to 6 and from 6 to 12 steps.
     assert found.value == pytest.approx(2.0)
-    assert (found.n, found.unbroken) == (6, 0)
+    assert (found.n, found.unbroken) == (9, 0)
     assert found.low <= found.value <= found.high
 
 
@@ -96,15 +96,21 @@ def test_seeds_of_one_setting_are_drawn_together(ledger):
     found = Facts(ledger, "demo").slowdown(LOX)
     assert (found.n, found.settings) == (30, 3)
     assert found.value == pytest.approx(2)
-    # As few as ten thirds of the draws are of one setting alone: of attacks that are independent none would be.
-    assert (found.low, found.high) == pytest.approx((1, 4))
+    # Student's, two degrees of freedom: 4.303 times ln 2 / sqrt(3). Thirty independent attacks would give 1.6 to 2.5.
+    half = 4.302653 * math.log(2) / math.sqrt(3)
+    assert (found.low, found.high) == pytest.approx((2 * math.exp(-half), 2 * math.exp(half)))
+    assert found.least == pytest.approx(1)
     assert not found.slower
 
 
 def test_of_one_or_two_settings_the_range_is_told_and_no_interval():
-    few = facts.Slowdown(1.5, 1.4, 1.6, 2, 0, 1, (1.3, 1.7))
+    few = facts.Slowdown(1.5, 1.4, 1.6, 1.4, 2, 0, 1, (1.3, 1.7))
     assert sentences.slow(few) == "1.50 (each 1.40 to 1.60, n 2)"
-    assert sentences.slow(dataclasses.replace(few, settings=3)) == "1.50 (1.40 to 1.60, n 2)"
+    assert not few.slower
+    enough = dataclasses.replace(few, settings=3)
+    assert sentences.slow(enough) == "1.50 (1.40 to 1.60, n 2)"
+    assert enough.slower
+    assert dataclasses.replace(enough, looks=(1.0, 1.7)).between
 
 
 def test_what_differs_between_looks_alone_is_no_difference(ledger):
@@ -118,6 +124,7 @@ def test_what_differs_between_looks_alone_is_no_difference(ledger):
     found = Facts(ledger, "demo").slowdown(LOX)
     assert found.low > 1
     assert found.looks == (1, 1)
+    assert found.between
     assert not found.slower
 
 

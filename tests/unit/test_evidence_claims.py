@@ -3,11 +3,11 @@
 import math
 
 import pytest
-from ledgers import LOX, done, evaluated, filled, harmful, put, searched, share, trial
+from ledgers import LOX, done, evaluated, filled, harmful, put, searched, share, swept, trial
 
-from benchmarks.evidence import claims, page, plot, search_claims, sentences
+from benchmarks.evidence import claims, cost_claims, page, plot, search_claims, sentences
 from benchmarks.evidence.facts import Facts
-from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH_OPENINGS
+from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH, SEARCH_OPENINGS
 from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import ANEW, NONE, REROUTED, SFT, named
@@ -25,9 +25,14 @@ def test_claims_say_what_the_figures_say(ledger):
     assert "LoX" in claims.slowest(found)
     slower = f"{named(LOX).title} {sentences.slow(found.slowdown(LOX))}, at perplexity x "
     assert slower in claims.slowest(found)
-    assert claims.slowed(found).endswith(f": {named(LOX).title}.")
-    assert "missed" in claims.aim(found)
-    assert "above that, by the point: none" in claims.over_refusal(found)
+    assert "; before any attack" not in claims.slowest(found)
+    assert "over-refusal 0 %, KL 0.02 nats." in claims.slowed(found)
+    ledger.cell("demo", LOX, "harmful")["figures"]["unattacked"]["incoherent"] = share(0.75)
+    told = claims.slowest(Facts(ledger, "demo"))
+    assert "; before any attack 75 % of its answers to harmful requests are gibberish" in told
+    assert "| 75 % (65 to 85) |" in page.page(ledger)
+    assert "missed" in cost_claims.aim(found)
+    assert "above that, by the point: none" in cost_claims.over_refusal(found)
     assert claims.anchors(found) is None
 
 
@@ -43,11 +48,12 @@ def test_a_reason_is_held_against_its_check(ledger):
 def test_an_alignment_of_the_base_is_held_against_the_plain_one(ledger):
     assert claims.from_the_base(Facts(ledger, "demo")) is None
     for row, steps in ((ANEW, 8), ("vaccine-anew", 8), ("t-vaccine-anew", 32)):
-        put(ledger, row, "harmful", done(harmful([trial(steps, seed=seed) for seed in range(3)])))
+        put(ledger, row, "harmful", done(harmful(swept(steps))))
     found = Facts(ledger, "demo")
     told = claims.from_the_base(found)
-    assert f"slower: {named('t-vaccine-anew').title}; not aligned by as many" in told
-    assert f"{named('vaccine-anew').title} 1.00 (each 1.00 to 1.00, n 3)" in told
+    assert f"slower: {named('t-vaccine-anew').title}; not aligned after as many steps" in told
+    assert f"{named('vaccine-anew').title} 1.00 (1.00 to 1.00, n 9)" in told
+    assert ", beside plain alignment of the base (control) |" in page.page(ledger)
     assert found.slowdown("vaccine-anew", NONE).value > 1
     assert f"add to that: {named('t-vaccine-anew').title} 4.00" in claims.beyond_the_control(found)
     assert claims.from_the_base(Facts(ledger, "real")) is None
@@ -55,7 +61,7 @@ def test_an_alignment_of_the_base_is_held_against_the_plain_one(ledger):
     at_rest["unattacked"][at_rest["rate"]] = share(0.9, 40)
     put(ledger, "t-vaccine-anew", "harmful", done(at_rest))
     told = claims.from_the_base(Facts(ledger, "demo"))
-    assert f"not aligned by as many, and not held against it: {named('t-vaccine-anew').title}. Each:" in told
+    assert f"and so not compared: {named('t-vaccine-anew').title}. Each:" in told
     assert "slower: none;" in told
     assert named("t-vaccine-anew").title not in claims.slowest(Facts(ledger, "demo"))
 
@@ -67,26 +73,24 @@ def test_what_openings_say_is_held_against_what_refusals_say(ledger):
         put(ledger, row, "openings", done(harmful([trial(opens)])), REAL)
     told = claims.openings(Facts(ledger, "real"))
     assert "LoX, rank 6, alpha 1.5, aligned anchor 2.00 (n 1) by openings, 1.00 (n 1) by refusals" in told
-    assert "by openings alone: LoX, rank 6, alpha 1.5, aligned anchor. Slow-down" in told
+    assert "and not by refusals: LoX, rank 6, alpha 1.5, aligned anchor. Slow-down" in told
     assert claims.openings(Facts(ledger, "demo")) is None
 
 
 def test_claims_turn_with_the_figures(ledger):
     cells = ledger.ground("demo")["rows"][LOX]
-    cells["harmful"]["figures"] = harmful(
-        [trial(32, kind=kind, seed=seed) for kind in ("lora", "full") for seed in range(3)], 0.3
-    )
+    cells["harmful"]["figures"] = harmful(swept(32), 0.3)
     cells["evaluate"]["figures"] = evaluated(over_refusal=0.5)
     found = Facts(ledger, "demo")
     assert "; lower: LoX" in claims.ceiling(found)
-    assert "50 %" in claims.over_refusal(found)
-    assert "the slowest to break is Plain fine-tuning" in claims.aim(found)
+    assert "50 %" in cost_claims.over_refusal(found)
+    assert "the slowest to break is Plain fine-tuning" in cost_claims.aim(found)
 
 
 def test_an_aim_that_is_reached_is_said_to_be(ledger):
     cells = ledger.ground("demo")["rows"][LOX]
     cells["harmful"]["figures"] = harmful([trial(32, seed=seed) for seed in range(3)])
-    told = claims.aim(Facts(ledger, "demo"))
+    told = cost_claims.aim(Facts(ledger, "demo"))
     assert "is reached by: LoX" in told
     assert "(KL 0.02 nats); by the whole interval" in told
 
@@ -125,7 +129,7 @@ def test_an_edit_that_is_for_every_request_alike_is_said_to_be(ledger):
         put(ledger, row, BUILD, done({}), REAL)
         put(ledger, row, "reach", told(selectivity), REAL)
     found = claims.reach(Facts(ledger, "real"))
-    assert "1.20 times as much on harmful requests as on innocent ones, 90 % of it through 1.0 %" in found
+    assert "1.20 times as much on harmful requests as on innocent ones, 90 % of it through the 1.0 %" in found
     assert "are the edits of LoX, rank 6, alpha 1.5, aligned anchor. What" in found
     assert "| 2.0e-02 | 4.00 | 0.90 | 0.010 |" in page.page(ledger)
 
@@ -172,7 +176,7 @@ def test_a_model_that_neither_refuses_nor_complies_is_not_called_broken(ledger):
         "LoX, rank 6, alpha 1.5, base anchor", ""
     )
     assert [title for title, *_ in plot.points(ledger)["real"]] == ["LoX, rank 6, alpha 1.5, base anchor"]
-    told = claims.benign(Facts(ledger, "real"))
+    told = cost_claims.benign(Facts(ledger, "real"))
     assert told.endswith("to less with none; to more with LoX, rank 6, alpha 1.5, base anchor 40 %.")
     assert claims.neither(Facts(ledger, "demo")) is None
 
@@ -186,13 +190,78 @@ def test_what_neither_refuses_nor_complies_is_known_by_any_attack_of_that_judge(
 
 
 def test_the_aim_is_told_by_openings_where_they_are_measured(ledger):
-    assert claims.aim_by_openings(Facts(ledger, "demo")) is None
+    assert cost_claims.aim_by_openings(Facts(ledger, "demo")) is None
     for row, opens in ((NONE, 4), (LOX, 16)):
         put(ledger, row, "openings", done(harmful([trial(opens, seed=seed) for seed in (0, 1)])), REAL)
         put(ledger, row, "evaluate", done(evaluated()), REAL)
-    told = claims.aim_by_openings(Facts(ledger, "real"))
+    told = cost_claims.aim_by_openings(Facts(ledger, "real"))
     assert told.startswith("By openings, within perplexity +2 %")
     title = named(LOX).title
-    assert f"reached by: {title} (KL 0.02 nats); by the whole interval: {title}. Perplexity is" in told
+    assert f"reached by: {title} (KL 0.02 nats); by the whole interval: none. Perplexity is" in told
     put(ledger, LOX, "evaluate", done(evaluated(perplexity=1.5)), REAL)
-    assert "there is no measured row" in claims.aim_by_openings(Facts(ledger, "real"))
+    assert "there is no measured row" in cost_claims.aim_by_openings(Facts(ledger, "real"))
+
+
+def test_rows_are_held_against_another_undefended_model_too(ledger):
+    assert claims.another_undefended(Facts(ledger, "demo")) is None
+    alike = ledger.cell("demo", NONE, "harmful")["figures"]
+    for other, later in ((alike, named(LOX).title), (harmful(swept(16)), "none")):
+        put(ledger, ANEW, "harmful", done(other))
+        told = claims.another_undefended(Facts(ledger, "demo"))
+        assert f"in times of its steps: {later}" in told
+    assert named(ANEW).title not in claims.slowest(Facts(ledger, "demo"))
+
+
+def test_what_a_few_harmful_rows_do_is_held_against_the_same_attack_without_innocent_ones(ledger):
+    put(ledger, SFT, "mixed", done(harmful([trial(4)])))
+    put(ledger, "booster", "mixed", done(harmful([trial(16)])))
+    told = [trial(8), *(one for one in swept(4) if one["kind"] == "full")]
+    put(ledger, "booster", "harmful", done(harmful(told)))
+    found = claims.few_harmful_rows(Facts(ledger, "demo"))
+    assert "Booster 4.00 (n 1) among innocent rows, 2.00 (n 1) alone at the same rate and kind" in found
+    put(ledger, "booster", "harmful", done(harmful(told[1:])))
+    found = claims.few_harmful_rows(Facts(ledger, "demo"))
+    assert found.endswith("Booster 4.00 (n 1) among innocent rows")
+
+
+def test_booster_that_shortens_the_attack_is_asked_what_it_knew_before(ledger):
+    trials = swept(1)
+    put(ledger, "booster", "harmful", done(harmful(trials)))
+    assert claims.learnt_at_rest(Facts(ledger, "demo")) is None
+    trials[0]["points"][0][2] = 0.25
+    put(ledger, "booster", "harmful", done(harmful(trials)))
+    assert "it is 0.25 nats per token with Booster and 1.00" in claims.learnt_at_rest(Facts(ledger, "demo"))
+    trials = swept(16)
+    trials[0]["points"][0][2] = 0.25
+    put(ledger, "booster", "harmful", done(harmful(trials)))
+    assert claims.learnt_at_rest(Facts(ledger, "demo")) is None
+
+
+def test_shares_below_the_undefended_models_are_held_against_the_control(ledger):
+    for row, value in ((NONE, 0.9), (SFT, 0.9), (LOX, 0.1)):
+        put(ledger, row, "benign", done(harmful([trial(None)], worst=value)))
+    title = named(LOX).title
+    assert f"less with {title} 10 %; to more with none. Less than the control's 90 % as well: {title}." in (
+        cost_claims.benign(Facts(ledger, "demo"))
+    )
+    put(ledger, SFT, "benign", done(harmful([trial(None)], worst=0.1)))
+    told = cost_claims.benign(Facts(ledger, "demo"))
+    assert told.endswith("Less than the control's 10 % as well: none.")
+    for row in (NONE, SFT, LOX):
+        put(ledger, row, "benign", done(harmful([trial(None)], worst=0.0)))
+    assert cost_claims.benign(Facts(ledger, "demo")).endswith("Of none there is no less.")
+
+
+def test_a_search_that_tells_no_setting_apart_is_said_to(ledger):
+    alike = [
+        searched(6, 0.0, 6),
+        searched(6, 1.5, 6, layers="0:1"),
+        searched(6, 1.5, 6, depth="0:0.5"),
+        searched(6, 1.5, 6),
+    ]
+    put(ledger, SEARCH, "search-0", done({"judge": "x", "trials": alike}))
+    assert "it tells none apart" in search_claims.places(Facts(ledger, "demo"))
+    assert search_claims.depth(Facts(ledger, "demo")) is None
+    put(ledger, SEARCH, "search-0", done({"judge": "x", "trials": [*alike[:3], searched(6, 1.5, 9)]}))
+    assert "tells none apart" not in search_claims.places(Facts(ledger, "demo"))
+    assert "depth 0:0.5" in search_claims.depth(Facts(ledger, "demo"))

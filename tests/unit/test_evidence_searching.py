@@ -79,7 +79,7 @@ def test_a_trained_method_is_held_at_every_strength_against_the_undefended_model
         put(ledger, search_of(method), "search-0", done({"judge": "x", "trials": trials}))
     found = Facts(ledger, "demo")
     assert "Vaccine: 6 steps at perplexity x 1.000, over-refusal 0% (of 3)" in search_claims.strength(found)
-    assert "is not the reason: Vaccine. The latest" in search_claims.strength(found)
+    assert "a look later than undefended: Vaccine. The latest" in search_claims.strength(found)
     assert "| rho 8 | 9 | " in page.page(ledger)
 
 
