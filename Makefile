@@ -35,7 +35,7 @@ bench: $(VENV)/.dev  ## measure, about an hour on a quiet machine; fills docs/pe
 bench-train: $(VENV)/.dev  ## only what the training methods and the merge cost
 	$(BIN)/python -m benchmarks --only training,bilevel,merging
 
-evidence: $(VENV)/.dev  ## what docs/evidence.json lacks, hours; GROUNDS=demo: half an hour; FROM=nothing: all anew
+evidence: $(VENV)/.dev  ## what docs/evidence.json lacks, hours; GROUNDS=demo: the embedded pair; FROM=nothing: all anew
 	$(BIN)/python -m benchmarks.evidence $(if $(GROUNDS),--grounds $(GROUNDS)) $(if $(filter nothing,$(FROM)),--from-nothing)
 
 check-evidence: $(VENV)/.dev  ## docs/evidence.md against its JSON, and one row again: two minutes

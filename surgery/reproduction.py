@@ -209,17 +209,17 @@ def _planned(published: _Published, output: Path, inputs: Mapping[str, str | Pat
             f"{published.source.label} has no input {unknown[0]!r}; it has {', '.join(manifest['inputs'])}"
         )
     kept = published.folder.with_name(published.folder.name + "-adapter")
-    if manifest.get("trained") and "adapter" not in given:
-        if not kept.is_dir():
-            raise InputError(
-                f"{published.source.label} was made from an adapter that does not lie beside it; --input "
-                f"adapter=SOURCE says where it is. It comes from training, and {_training(manifest)} --keep-adapter"
-            )
+    if manifest.get("trained") and "adapter" not in given and kept.is_dir():
         given["adapter"] = kept
     given = {role: _as_called(source, role, manifest, stack) for role, source in given.items()}
     try:
         return verification.repeated(published.folder, manifest, output=output, given=given)
     except InputError as error:
+        if manifest.get("trained") and "adapter" not in given:
+            raise InputError(
+                f"{published.source.label} was made from an adapter that does not lie beside it; --input "
+                f"adapter=SOURCE says where it is. It comes from training, and {_training(manifest)} --keep-adapter"
+            ) from None
         told = f"{error} (--input ROLE=SOURCE says where an input lies now: {', '.join(manifest['inputs'])})"
         raise InputError(told) from None
 

@@ -1,7 +1,7 @@
 """Run the evidence study, as far as docs/evidence.json lacks it, and make its page.
 
 python -m benchmarks.evidence                        both pairs: what is not in the ledger (hours on two cores)
-python -m benchmarks.evidence --grounds demo         the embedded pair alone: under half an hour from nothing
+python -m benchmarks.evidence --grounds demo         the embedded pair alone: the page says how long from nothing
 python -m benchmarks.evidence --from-nothing         forget what the ledger has of them, and their models
 python -m benchmarks.evidence --page                 only make the page, its plot and the README's table again
 python -m benchmarks.evidence --check                whether they are what the ledger says; exit 1 if not
@@ -34,7 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", default="", help="only these rows, or search; separated by commas")
     parser.add_argument("--ledger", type=Path, default=LEDGER, help="where figures are kept")
     parser.add_argument("--folder", type=Path, default=WORK, help="where commands run: 10 GB for both pairs")
-    parser.add_argument("--processes", type=int, default=cores(), help="measurements side by side")
+    parser.add_argument("--processes", type=int, default=cores(), help="commands side by side")
     parser.add_argument("--from-nothing", action="store_true")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--page", action="store_true")

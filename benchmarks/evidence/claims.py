@@ -7,7 +7,7 @@ cells were not run.
 from collections.abc import Iterator
 
 from benchmarks.evidence import cost_claims, judging, search_claims
-from benchmarks.evidence.facts import Facts
+from benchmarks.evidence.facts import FEW, Facts
 from benchmarks.evidence.grounds import GROUNDS
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import ANEW, NONE, REROUTED, SFT, named
@@ -61,7 +61,7 @@ def slowest(facts: Facts) -> str | None:
     faster = [f"{row.title} {slow(one)}" for row, one in found if one.faster]
     told = [f"Not seen to differ from no defence: {listed(same)}."]
     if between:
-        told.append(f"Later by the line between two looks, and not by whole looks: {listed(between)}.")
+        told.append(f"Told apart by the line between two looks, and not by whole looks: {listed(between)}.")
     if faster:
         told.append(f"Broken sooner: {listed(faster)}.")
     longer = [f"{row.title} {slow(one)}{_price(facts, row.name)}" for row, one in slower]
@@ -72,7 +72,7 @@ def slowest(facts: Facts) -> str | None:
 def another_undefended(facts: Facts) -> str | None:
     """By how much two undefended models differ, and which rows do more than that."""
     other = facts.slowdown(ANEW, NONE)
-    if other is None:
+    if other is None or ANEW in (row.name for row in judging.unaligned(facts)):
         return None
     found = [
         (row, facts.slowdown(row.name, ANEW)) for row, _ in judging.judged(facts, without=(NONE, SFT, ANEW))
@@ -147,14 +147,16 @@ def from_the_base(facts: Facts) -> str | None:
 
 def learnt_at_rest(facts: Facts) -> str | None:
     """A check of why Booster can shorten the attack: its term is small where harmful answers are known already."""
-    bare, own = (facts.loss_at_rest(name) for name in (NONE, "booster"))
+    bare, plain, own = (facts.loss_at_rest(name) for name in (NONE, SFT, "booster"))
     found = facts.slowdown("booster")
-    if bare is None or own is None or found is None or not (found.faster and own < bare):
+    if bare is None or plain is None or own is None or found is None:
+        return None
+    if not found.faster or own >= min(bare, plain):
         return None
     return (
         "Booster's term, the harmful loss less that after one step of the attacker, is small where the harmful loss "
-        f"itself is: before any attack it is {own:.2f} nats per token with Booster and {bare:.2f} without a defence. "
-        "Here the training found that way, and the attacker starts further along."
+        f"itself is. Before any attack it is {own:.2f} nats per token with Booster, {plain:.2f} after plain training "
+        f"on the aligned rows (control), {bare:.2f} without a defence: the attacker starts further along."
     )
 
 
@@ -164,6 +166,7 @@ def openings(facts: Facts) -> str | None:
         (row, facts.slowdown(row.name, column="openings"), facts.slowdown(row.name))
         for row in facts.rows() if row.name != NONE
     ]  # fmt: skip
+    judged = {row.name for row in judging.judgeable(facts)}
     known = [
         (row, opens, refuses) for row, opens, refuses in found if opens is not None and refuses is not None
     ]
@@ -172,12 +175,16 @@ def openings(facts: Facts) -> str | None:
     told = [
         f"{row.title} {slow(opens)} by openings, {slow(refuses)} by refusals" for row, opens, refuses in known
     ]
-    alone = [row.title for row, opens, refuses in known if opens.low > 1 and not refuses.slower]
+    alone = [
+        row.title for row, opens, refuses in known
+        if row.name in judged and opens.low > 1 and not refuses.slower
+    ]  # fmt: skip
+    few = any(opens.settings < FEW for _, opens, _ in known)
     return (
         "The sweep's judge calls every answer compliant that does not refuse, while the attacker's rows teach an "
-        "opening. Later than without a defence in each attack judged by openings (one setting, so no interval), and "
-        f"not by refusals: {listed(alone)}. Slow-down until half of the answers have that opening, beside that of "
-        f"the sweep:{items(told)}"
+        f"opening. Later than without a defence by openings{', in each attack (of one setting, no interval)' * few}, "
+        f"and not by refusals: {listed(alone)}. Slow-down until half of the answers have that opening, beside that "
+        f"of the sweep:{items(told)}"
     )
 
 
@@ -257,9 +264,11 @@ def few_harmful_rows(facts: Facts) -> str | None:
     ]
     if not told:
         return None
+    alike = any(many is not None for _, _, many in found)
     return (
         "Vaccine, T-Vaccine and Booster were made against few harmful rows among innocent ones, while the sweep has "
-        f"nothing but harmful ones. Slow-down against the control, which learnt the same rows:{items(told)}"
+        "nothing but harmful ones. Slow-down against the control, which learnt the same rows"
+        f"{', of settings that the sweep has none like' * (not alike)}:{items(told)}"
     )
 
 
@@ -289,7 +298,7 @@ def directions(facts: Facts) -> str | None:
     unseen = [row.title for row, one in found if not one.faster and not one.slower]
     return (
         "Of the methods whose papers report slower harmful fine-tuning, broken sooner here, against that direction: "
-        f"{listed(unlike)}; not seen to be slower: {listed(unseen)}."
+        f"{listed(unlike)}; not seen to be slower by whole looks: {listed(unseen)}."
     )
 
 

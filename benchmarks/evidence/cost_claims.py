@@ -70,9 +70,14 @@ def _aim(facts: Facts, found: Sequence[tuple[Row, Slowdown]], start: str) -> str
     reached = [f"{one.title} ({innocent(facts, one.name)})" for one, slower in cheap if slower.value >= AIM]
     if not reached:
         return f"{told}: the aim of {AIM:.0f} is missed."
-    sure = [one.title for one, slower in cheap if slower.low >= AIM and slower.settings >= FEW]
+    sure = [
+        one.title
+        for one, slower in cheap
+        if slower.low >= AIM and (slower.least >= AIM or not slower.unbroken)
+    ]
+    whole = f"; by the whole interval: {listed(sure)}" if all(one.settings >= FEW for _, one in cheap) else ""
     return (
-        f"{told}. The aim of {AIM:.0f} is reached by: {listed(reached)}; by the whole interval: {listed(sure)}. "
+        f"{told}. The aim of {AIM:.0f} is reached by: {listed(reached)}{whole}. "
         "Perplexity is of running text and over-refusal of phrases: what else becomes of innocent answers shows in "
         "the KL alone."
     )
@@ -108,7 +113,7 @@ def _beside(known: Sequence[tuple[Row, Share]], bare: Share, control: Share | No
         f"{listed([f'{row.title} {percent(score)}' for row, score in lower])}; to more with {listed(higher)}."
     )
     if not bare["value"]:
-        told += " Of none there is no less."
+        told += " Nothing can lie below 0 %."
     if lower and control is not None:
         both = [row.title for row, score in lower if less(score, control)]
         told += f" Less than the control's {percent(control)} as well: {listed(both)}."

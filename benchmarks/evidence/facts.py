@@ -49,8 +49,12 @@ class Slowdown:
 
     @property
     def slower(self) -> bool:
-        """Whether it is told apart from 1 upwards, also by whole looks."""
-        return self.settings >= FEW and self.low > 1 and self.looks[0] > 1
+        """Whether it is told apart from 1 upwards, also by whole looks.
+
+        Where attacks were cut off at their last step their spread is too, and every setting has to be above 1.
+        """
+        told = self.settings >= FEW and self.low > 1 and self.looks[0] > 1
+        return told and (self.least > 1 or not self.unbroken)
 
     @property
     def faster(self) -> bool:
@@ -59,8 +63,9 @@ class Slowdown:
 
     @property
     def between(self) -> bool:
-        """Whether it is told apart from 1 upwards by the lines between looks alone."""
-        return self.settings >= FEW and self.low > 1 and self.looks[0] <= 1
+        """Whether it is told apart from 1 by the lines between looks alone."""
+        told = self.settings >= FEW and (self.low > 1 or self.high < 1)
+        return told and not (self.slower or self.faster)
 
 
 class Facts:
@@ -133,7 +138,8 @@ class Facts:
     def loss_at_rest(self, row: str) -> float | None:
         """The loss of harmful answers before the attack, nats per token."""
         found = self.figures(row, "harmful")
-        return None if found is None else float(found["trials"][0]["points"][0][2])
+        score = found["unattacked"].get("harmful_loss") if found else None
+        return None if score is None else score["value"]
 
     def slowdown(
         self, row: str, against: str | None = None, column: str = "harmful", like: str | None = None

@@ -4,17 +4,19 @@ Commands are forked from one process that has imported what most of them need: t
 and many have little more to do. So times are told without them, and memory with those of all.
 """
 
-import functools
 import multiprocessing
 import os
 import runpy
 import shlex
 import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing import connection, forkserver
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from benchmarks.memory import MIB, anonymous
@@ -64,14 +66,40 @@ def spelled(words: Sequence[str]) -> str:
     return shlex.join(words)
 
 
-@functools.cache
-def _starter() -> ForkServerContext:
-    """What forks commands; its process takes over this one's environment, and ends with it."""
-    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+_FORKING = multiprocessing.get_context("forkserver")
+_FORKING.set_forkserver_preload([*IMPORTED])
+# Starting a process polls all others of this one, and two polls of one that ended take its exit code from each other.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def _started(*arguments: object) -> ForkServerProcess:
+    """A forked process; what forks it ends with this process.
+
+    Raises:
+        StoppedError: What forks was interrupted.
+    """
+    process = _FORKING.Process(target=_carry_out, args=arguments)
+    with _ONE_AT_A_TIME:
+        with _environment():
+            forkserver.ensure_running()
+        try:
+            process.start()
+        except (EOFError, ConnectionError) as error:
+            raise StoppedError("the start of a command") from error
+    return process
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """A block in which new processes get what is set for every timed one, and are told where this package lies."""
+    before = dict(os.environ)
+    paths = [str(Path(__file__).parents[2]), *filter(None, [before.get("PYTHONPATH")])]
     os.environ.update(ENVIRONMENT, PYTHONPATH=os.pathsep.join(paths), TOKENIZERS_PARALLELISM="false")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*IMPORTED])
-    return context
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def run(words: Sequence[str], folder: Path, log: Path, *, threads: int | None = None) -> Ran:
@@ -87,17 +115,16 @@ def run(words: Sequence[str], folder: Path, log: Path, *, threads: int | None = 
         CommandFailedError: It failed.
         StoppedError: It was interrupted.
     """
-    begun = time.perf_counter()
     with log.open("a") as told:
         told.write(f"$ {spelled(words)}\n")
         said_from = told.tell()
-    process = _starter().Process(target=_carry_out, args=(words, folder, log.resolve(), threads or cores()))
-    process.start()
+    process = _started(words, folder.resolve(), log.resolve(), threads or cores())
+    begun = time.perf_counter()
     peak = _watched(process)
     if process.exitcode in _STOPPED:
         raise StoppedError(spelled(words[:2]))
     if process.exitcode:
-        said = log.read_text()[said_from:].strip()[-_TAIL:]
+        said = log.read_bytes()[said_from:].decode(errors="replace").strip()[-_TAIL:]
         raise CommandFailedError(f"{spelled(words[:2])} ended with {process.exitcode}: {said}")
     return Ran(spelled(words), time.perf_counter() - begun, peak / MIB)
 
@@ -106,6 +133,9 @@ def _carry_out(words: Sequence[str], folder: Path, log: Path, threads: int) -> N
     """In the forked process: be the command."""
     import torch
 
+    # As a process of its own would be ended; Python's own handler would make a failure of it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     os.chdir(folder)
     with log.open("a") as told:
         for stream in (sys.stdout, sys.stderr):
@@ -120,11 +150,14 @@ def _watched(process: ForkServerProcess) -> int:
     """The largest anonymous memory of a process until it ends, bytes; the process is gone afterwards."""
     largest = 0
     try:
-        while process.is_alive():
+        ended = False
+        while not ended:
             largest = max(largest, anonymous(process.pid or 0))
-            process.join(_INTERVAL)
+            ended = bool(connection.wait([process.sentinel], _INTERVAL))
+    except BaseException:
+        process.kill()
+        raise
     finally:
-        if process.is_alive():
-            process.kill()
+        with _ONE_AT_A_TIME:
             process.join()
     return largest

@@ -13,7 +13,7 @@ def places(facts: Facts) -> str | None:
     if not alone or not searching.has_unedited(facts.searched):
         return None
     bare = searching.unedited(facts.searched)
-    if len({searching.steps(trial) for trial in facts.searched}) == 1:
+    if not _telling(facts):
         return (
             f"The search's short attack breaks every setting at the same look ({searching.told(bare)} unedited): "
             "it tells none apart, and the best of the search is the one with the highest harmful loss among those "
@@ -27,6 +27,11 @@ def places(facts: Facts) -> str | None:
     )
 
 
+def _telling(facts: Facts) -> bool:
+    """Whether the search's short attack breaks some setting at another look than the others."""
+    return len({searching.steps(trial) for trial in facts.searched}) > 1
+
+
 def _place(trial: searching.Trial) -> str:
     """The one part of the model that a trial edits; empty where it edits all or by depth."""
     params = trial["params"]
@@ -36,8 +41,10 @@ def _place(trial: searching.Trial) -> str:
 
 def depth(facts: Facts) -> str | None:
     """The early layers alone beside all of them, at equal rank and alpha."""
+    if not _telling(facts):
+        return None
     told = []
-    for trial in facts.searched if len({searching.steps(trial) for trial in facts.searched}) > 1 else ():
+    for trial in facts.searched:
         params = trial["params"]
         whole = searching.trial_of(facts.searched, rank=params["rank"], alpha=params["alpha"])
         if params.get("depth") and whole is not None:

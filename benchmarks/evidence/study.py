@@ -78,9 +78,14 @@ class Study:
             self._together([one for row in rows for one in self._measurements(row, keys)], self.processes)
 
     def _together(self, tasks: Sequence[Callable[[], None]], processes: int) -> None:
+        """Tasks side by side; where one is interrupted, those that have not begun are left."""
         with ThreadPoolExecutor(processes) as pool:
-            for future in [pool.submit(task) for task in tasks]:
-                future.result()
+            try:
+                for future in [pool.submit(task) for task in tasks]:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _models(self, rows: Sequence[Row], keys: Keys) -> None:
         """Make the models of rows, those that others start from before these."""

@@ -235,6 +235,9 @@ def test_of_a_trained_model_the_merge_is_repeated_where_the_adapter_is(tmp_path,
     training = Training(steps=2, batch_size=4, keep_adapter=True)
     immunise(Vaccine(), model="demo:aligned", output="out", training=training)
     assert reproduce("out").verdict == "identical"
+    Path("out").rename("moved")
+    assert reproduce("moved", inputs={"adapter": "out-adapter"}).verdict == "identical"
+    Path("moved").rename("out")
     Path("out-adapter").rename("elsewhere")
     with pytest.raises(
         InputError,

@@ -111,6 +111,16 @@ def test_of_one_or_two_settings_the_range_is_told_and_no_interval():
     assert sentences.slow(enough) == "1.50 (1.40 to 1.60, n 2)"
     assert enough.slower
     assert dataclasses.replace(enough, looks=(1.0, 1.7)).between
+    sooner = dataclasses.replace(enough, value=0.7, low=0.6, high=0.8, least=0.6, looks=(0.5, 1.0))
+    assert sooner.between
+    assert dataclasses.replace(sooner, looks=(0.5, 0.9)).faster
+
+
+def test_attacks_that_were_cut_off_tell_a_row_apart_only_where_every_setting_does():
+    found = facts.Slowdown(3.0, 2.0, 4.0, 0.9, 6, 2, 3, (2.0, 4.0))
+    assert not found.slower
+    assert dataclasses.replace(found, least=1.1).slower
+    assert dataclasses.replace(found, unbroken=0).slower
 
 
 def test_what_differs_between_looks_alone_is_no_difference(ledger):

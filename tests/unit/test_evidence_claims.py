@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from ledgers import LOX, done, evaluated, filled, harmful, put, searched, share, swept, trial
+from ledgers import LOX, done, evaluated, filled, harmful, mean, put, searched, share, swept, trial
 
 from benchmarks.evidence import claims, cost_claims, page, plot, search_claims, sentences
 from benchmarks.evidence.facts import Facts
@@ -89,7 +89,7 @@ def test_claims_turn_with_the_figures(ledger):
 
 def test_an_aim_that_is_reached_is_said_to_be(ledger):
     cells = ledger.ground("demo")["rows"][LOX]
-    cells["harmful"]["figures"] = harmful([trial(32, seed=seed) for seed in range(3)])
+    cells["harmful"]["figures"] = harmful(swept(32))
     told = cost_claims.aim(Facts(ledger, "demo"))
     assert "is reached by: LoX" in told
     assert "(KL 0.02 nats); by the whole interval" in told
@@ -197,7 +197,7 @@ def test_the_aim_is_told_by_openings_where_they_are_measured(ledger):
     told = cost_claims.aim_by_openings(Facts(ledger, "real"))
     assert told.startswith("By openings, within perplexity +2 %")
     title = named(LOX).title
-    assert f"reached by: {title} (KL 0.02 nats); by the whole interval: none. Perplexity is" in told
+    assert f"reached by: {title} (KL 0.02 nats). Perplexity is" in told
     put(ledger, LOX, "evaluate", done(evaluated(perplexity=1.5)), REAL)
     assert "there is no measured row" in cost_claims.aim_by_openings(Facts(ledger, "real"))
 
@@ -225,16 +225,18 @@ def test_what_a_few_harmful_rows_do_is_held_against_the_same_attack_without_inno
 
 
 def test_booster_that_shortens_the_attack_is_asked_what_it_knew_before(ledger):
-    trials = swept(1)
-    put(ledger, "booster", "harmful", done(harmful(trials)))
-    assert claims.learnt_at_rest(Facts(ledger, "demo")) is None
-    trials[0]["points"][0][2] = 0.25
-    put(ledger, "booster", "harmful", done(harmful(trials)))
-    assert "it is 0.25 nats per token with Booster and 1.00" in claims.learnt_at_rest(Facts(ledger, "demo"))
-    trials = swept(16)
-    trials[0]["points"][0][2] = 0.25
-    put(ledger, "booster", "harmful", done(harmful(trials)))
-    assert claims.learnt_at_rest(Facts(ledger, "demo")) is None
+    def attacked(steps, loss):
+        told = harmful(swept(steps))
+        told["unattacked"]["harmful_loss"] = mean(loss)
+        return done(told)
+
+    for row, loss in ((NONE, 1.0), (SFT, 0.9)):
+        ledger.cell("demo", row, "harmful")["figures"]["unattacked"]["harmful_loss"] = mean(loss)
+    for steps, loss, told in ((1, 0.25, True), (1, 0.95, False), (16, 0.25, False)):
+        put(ledger, "booster", "harmful", attacked(steps, loss))
+        found = claims.learnt_at_rest(Facts(ledger, "demo"))
+        assert (found is not None) == told
+        assert not told or "it is 0.25 nats per token with Booster, 0.90 after plain training" in found
 
 
 def test_shares_below_the_undefended_models_are_held_against_the_control(ledger):
@@ -249,7 +251,7 @@ def test_shares_below_the_undefended_models_are_held_against_the_control(ledger)
     assert told.endswith("Less than the control's 10 % as well: none.")
     for row in (NONE, SFT, LOX):
         put(ledger, row, "benign", done(harmful([trial(None)], worst=0.0)))
-    assert cost_claims.benign(Facts(ledger, "demo")).endswith("Of none there is no less.")
+    assert cost_claims.benign(Facts(ledger, "demo")).endswith("Nothing can lie below 0 %.")
 
 
 def test_a_search_that_tells_no_setting_apart_is_said_to(ledger):

@@ -1,24 +1,32 @@
 """Commands of the evidence study, forked from a process that has their imports; and which models are made first."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
+from ledgers import filled
 
-from benchmarks.evidence.grounds import DEMO, REAL
+from benchmarks.evidence import study
+from benchmarks.evidence.grounds import DEMO, REAL, SEARCH
 from benchmarks.evidence.keys import BUILD, Keys
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import named
-from benchmarks.evidence.running import IMPORTED, CommandFailedError, StoppedError, run
+from benchmarks.evidence.running import IMPORTED, CommandFailedError, Ran, StoppedError, run
 from benchmarks.evidence.study import Study
+from surgery import resources
 
 MODULE = """
-import json, os, sys, torch
+import json, os, signal, sys, torch
+from surgery import workers
 known = {"torch": "peft" in sys.modules, "threads": torch.get_num_threads(), "arguments": sys.argv[1:]}
-print(json.dumps(known | {"folder": os.getcwd(), "process": os.getpid()}))
-print("said", file=sys.stderr)
+print(json.dumps(known | {"workers": workers.count(), "folder": os.getcwd(), "process": os.getpid()}))
+print("said", file=sys.stderr, flush=True)
+if sys.argv[1] == "interrupted":
+    os.kill(os.getpid(), signal.SIGINT)
 sys.exit(int(sys.argv[1]))
 """
 
@@ -31,11 +39,13 @@ def module(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_command_runs_in_its_folder_with_its_words_and_threads(module, tmp_path, threads):
-    work, log = tmp_path / "work", tmp_path / "log.txt"
+def test_a_command_runs_in_its_folder_with_its_words_and_threads(module, tmp_path, monkeypatch, threads):
+    monkeypatch.chdir(tmp_path)
+    work, log, before = Path("work"), tmp_path / "log.txt", dict(os.environ)
     work.mkdir()
     ran = run([*module, "0", "two words"], work, log, threads=threads)
     assert ran.words == "python -m told_by_a_test 0 'two words'"
+    assert dict(os.environ) == before
     assert 0 < ran.wall < 60
     assert ran.peak > 100
     first, told, said = log.read_text().splitlines()
@@ -43,7 +53,8 @@ def test_a_command_runs_in_its_folder_with_its_words_and_threads(module, tmp_pat
     found = json.loads(told)
     assert found.pop("process") != os.getpid()
     assert found == {
-        "torch": True, "threads": threads, "arguments": ["0", "two words"], "folder": str(work),
+        "torch": True, "threads": threads, "workers": min(threads, resources.cores()),
+        "arguments": ["0", "two words"], "folder": str(tmp_path / "work"),
     }  # fmt: skip
 
 
@@ -61,8 +72,9 @@ def test_a_command_that_fails_says_why_and_one_that_was_stopped_is_no_failure(mo
     log = tmp_path / "log.txt"
     with pytest.raises(CommandFailedError, match=r"ended with 3: [^$]*said"):
         run([*module, "3"], tmp_path, log, threads=1)
-    with pytest.raises(StoppedError, match="python -m"):
-        run([*module, "130"], tmp_path, log, threads=1)
+    for how in ("130", "interrupted"):
+        with pytest.raises(StoppedError, match="python -m"):
+            run([*module, how], tmp_path, log, threads=1)
 
 
 def test_a_mistake_in_a_command_of_the_tool_is_told_in_its_own_words(tmp_path):
@@ -84,3 +96,42 @@ def test_a_model_is_made_after_the_one_it_starts_from(ground, tmp_path, monkeypa
     Study(ground, ledger, tmp_path, 2, lambda text: None)._models(rows, Keys(ground, ledger, BUILD))
     assert sorted(made[:3]) == ["booster", "circuit-breakers", "vaccine"]
     assert sorted(made[3:]) == ["circuit-breakers+lox", "vaccine+lox"]
+
+
+def test_tasks_behind_one_that_was_interrupted_are_left(tmp_path):
+    done = []
+
+    def stopped():
+        raise StoppedError("first")
+
+    tasks = [stopped, *(lambda number=number: done.append(number) for number in range(50))]
+    with pytest.raises(StoppedError):
+        Study(DEMO, Ledger(tmp_path / "evidence.json"), tmp_path, 1, print)._together(tasks, 1)
+    assert len(done) < 50
+
+
+@pytest.mark.parametrize(("one_by_one", "threads"), [(True, None), (False, 1)])
+def test_models_are_made_on_all_cores_or_side_by_side_and_sweeps_without_the_margin(
+    tmp_path, monkeypatch, one_by_one, threads
+):
+    ran = []
+
+    def noted(words, folder, log, *, threads=None):
+        ran.append((words, threads))
+        return Ran(" ".join(words), 1.0, 1.0)
+
+    monkeypatch.setattr(study, "run", noted)
+    ledger = filled(tmp_path / "evidence.json")
+    ledger.ground("demo")["rows"].pop("lox-aligned-1.5")
+    ground = dataclasses.replace(
+        DEMO,
+        one_by_one=one_by_one,
+        waves=(("lox-aligned-1.5",), (SEARCH,)),
+        searches={SEARCH: DEMO.searches[SEARCH]},
+    )
+    Study(ground, ledger, tmp_path / "work", 2, lambda text: None, []).run()
+    assert ran[0][0][:2] == ["surgery", "lox"]
+    assert ran[0][1] == threads
+    sweeps = [words for words, count in ran[1:] if count == 1]
+    assert len(sweeps) == len(DEMO.searches[SEARCH].sweeps) == len(ran) - 1
+    assert all("--no-margin" in words for words in sweeps)
