@@ -8,15 +8,11 @@ from benchmarks.evidence.rows import NONE, Row
 from benchmarks.evidence.sentences import less
 
 
-def measured(facts: Facts, *, without: Sequence[str] = (NONE,)) -> list[tuple[Row, Slowdown]]:
-    """Rows with a slow-down."""
-    found = ((row, facts.slowdown(row.name)) for row in facts.rows() if row.name not in without)
-    return [(row, slower) for row, slower in found if slower is not None]
-
-
 def judged(facts: Facts, *, without: Sequence[str] = (NONE,)) -> list[tuple[Row, Slowdown]]:
     """Rows with a slow-down that says something."""
-    return measured(facts, without=(*without, *_astray(facts)))
+    left = {*without, *_astray(facts)}
+    found = ((row, facts.slowdown(row.name)) for row in facts.rows() if row.name not in left)
+    return [(row, slower) for row, slower in found if slower is not None]
 
 
 def judgeable(facts: Facts) -> list[Row]:

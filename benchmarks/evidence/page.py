@@ -356,7 +356,7 @@ def _search(facts: Facts, name: str) -> Iterator[str]:
 
 
 def _hours(facts: Facts, processes: int) -> float:
-    """What the cells there are take from nothing."""
+    """What the cells that there are take from nothing, hours of wall time."""
     walls = [(column, cell.get("wall", 0.0)) for row in facts.known.values() for column, cell in row.items()]
     models = math.fsum(wall for column, wall in walls if column == BUILD)
     measured = math.fsum(wall for column, wall in walls if column != BUILD)
