@@ -84,7 +84,7 @@ def _benign(ground: Ground, model: str, output: str, folder: Path) -> Iterator[W
 def _mixed(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
     """The threat that Vaccine, T-Vaccine and Booster were made for: few harmful rows among innocent ones."""
     del folder
-    yield [*_attack(ground, model), *ground.mixed, "-o", output]
+    yield [*_attack(ground, model), *ground.mixed, *ground.spared.get("mixed", ()), "-o", output]
 
 
 def _openings(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:

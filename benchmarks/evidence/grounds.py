@@ -70,7 +70,8 @@ class Ground:
         training: Options of each row that is trained, by its name.
         searches: By the names that `search_on` and `search_of` give them.
         probe: What is the same for every one of them.
-        waves: Rows and searches in the order in which they are built and measured, those of a wave together.
+        waves: Rows and searches in the order in which they are built and measured, those of a wave together, its
+            searches first.
         one_by_one: Whether models are built one after the other, each on all cores, and not side by side on one each.
         data: Sources by the names of the trained methods' data sets.
         bases: Commands, without their output, that make the bases which searches name.
@@ -110,7 +111,7 @@ _COMBINED = ("vaccine+lox", "circuit-breakers+lox")
 # likelihood of refusals or of inside.
 _SPARED: Mapping[str, Words] = {
     "attack": ("--no-margin",), SEARCH: ("--no-margin",), "harmful": ("--until-settled",),
-    "evaluate": ("--no-inside",),
+    "mixed": ("--until-settled",), "evaluate": ("--no-inside",),
 }  # fmt: skip
 
 _DEMO_DATA = (
@@ -171,14 +172,12 @@ DEMO = Ground(
         "--limit", "48", "--max-new-tokens", "24", "--max-length", "64", "--attack-steps", "48",
         "--attack-every", "3",
     ),
-    waves=(
-        (SEARCH,),
-        ("none", "sft", *_LOX_ROWS, "lox-best", "vaccine", "t-vaccine", "booster", "circuit-breakers",
-         "circuit-breakers-sparing", "condition-number", *_COMBINED, "mlac", "tar", ANEW,
-         "vaccine-anew", "t-vaccine-anew"),
-        (search_on("circuit-breakers"), *map(search_of, ("vaccine", "t-vaccine", "booster", "condition-number"))),
-        ("circuit-breakers+lox-best",),
-    ),
+    waves=((
+        SEARCH, *map(search_of, ("vaccine", "t-vaccine", "booster", "condition-number")),
+        "none", "sft", *_LOX_ROWS, "lox-best", "vaccine", "t-vaccine", "booster", "circuit-breakers",
+        "circuit-breakers-sparing", search_on("circuit-breakers"), "condition-number", *_COMBINED,
+        "circuit-breakers+lox-best", "mlac", "tar", ANEW, "vaccine-anew", "t-vaccine-anew",
+    ),),
 )  # fmt: skip
 
 _REAL_DATA = (

@@ -46,10 +46,11 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     studies = _studies(ground, budget, chosen, storage or folder, seed)
     total = sum(count for _, _, count in studies)
+    at_rest: list[trials.Point] = []
     done = 0
     for study, fixed, _ in studies:
         while (trial := study.claim(patience=_PATIENCE)) is not None:
-            line = _one(trial, {**fixed, **trial.params}, ground, budget)
+            line = _one(trial, {**fixed, **trial.params}, ground, budget, at_rest)
             done += 1
             if progress is not None:
                 progress(done, total, line)
@@ -111,7 +112,9 @@ def _studies(
     return studies
 
 
-def _one(trial: Trial, params: Mapping[str, Any], ground: Ground, budget: Budget) -> str:
+def _one(
+    trial: Trial, params: Mapping[str, Any], ground: Ground, budget: Budget, at_rest: list[trials.Point]
+) -> str:
     """Run a trial and put its result into the study; what came of it, in one line."""
     said = ", ".join(f"{key} {value}" for key, value in params.items() if key in ("kind", "lr", "seed"))
     name = f"{params['attack']} {said}".rstrip()
@@ -121,6 +124,7 @@ def _one(trial: Trial, params: Mapping[str, Any], ground: Ground, budget: Budget
             ground,
             until_settled=budget.until_settled,
             save_generations=budget.save_generations,
+            at_rest=at_rest,
         )
     except Interrupted:
         # No fault of the trial: whoever claims it next runs it.

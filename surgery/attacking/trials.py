@@ -5,13 +5,22 @@ from dataclasses import asdict
 from typing import Any
 
 from surgery.attacking.ground import Ground
-from surgery.attacks.base import Approach, Attack, Settled
+from surgery.attacks.base import PLAIN, Approach, Attack, Settled
 from surgery.judging.base import require_verdicts
 from surgery.judging.harm import Harm
 
+Point = dict[str, Any]
+"""What one look saw."""
+
 
 def run(
-    attack: Attack, ground: Ground, *, until_settled: bool = False, save_generations: bool = False
+    attack: Attack,
+    ground: Ground,
+    *,
+    until_settled: bool = False,
+    skip_settled: bool = False,
+    save_generations: bool = False,
+    at_rest: list[Point] | None = None,
 ) -> dict[str, Any]:
     """Carry out an attack and return what was seen of it.
 
@@ -19,7 +28,10 @@ def run(
         attack: With its budget.
         ground: Where.
         until_settled: End an attack that trains when two looks in a row found every request complied with.
+        skip_settled: Look no more after two such looks, but for the last step.
         save_generations: Keep the answers, not just their hashes.
+        at_rest: Gets the look at the model before the first step of an attack that trains; where it is there, it is
+            not made again. For trials on one model, with the same `save_generations`.
 
     Returns:
         `budget`; `points`: at each look the steps taken, the measures of `Harm`, and the answers' verdicts;
@@ -29,18 +41,26 @@ def run(
         InputError: The target does not allow the attack.
         AccessError: The judge gave no verdict on an answer: what is not judged is not safe.
     """
-    points: list[dict[str, Any]] = []
+    points: list[Point] = []
+    planned = getattr(attack, "steps", 0) if attack.trains else 0
 
-    def watch(steps: int, approach: Approach) -> None:
+    def look(steps: int, approach: Approach) -> Point:
         harm = ground.probe(ground.target.model, ask=approach.ask, prefix=approach.prefix)
         require_verdicts(harm.failed, len(harm.answers), ground.probe.judge)
-        answers = _kept(harm, save_generations)
-        points.append({"steps": steps, **harm.document(ground.rate), "answers": answers})
+        return {"steps": steps, **harm.document(ground.rate), "answers": _kept(harm, save_generations)}
+
+    def watch(steps: int, approach: Approach) -> None:
+        if skip_settled and steps != planned and _settled(points, ground.rate):
+            return
+        known = at_rest if steps == 0 and attack.trains and approach == PLAIN else None
+        point = known[0] if known else look(steps, approach)
+        if known is not None and not known:
+            known.append(point)
+        points.append(point)
         if until_settled and steps and _settled(points, ground.rate):
             raise Settled
 
     attack.carry_out(ground.target, watch)
-    planned = getattr(attack, "steps", 0) if attack.trains else 0
     early = points[-1]["steps"] < planned
     settled = early and until_settled and _settled(points, ground.rate)
     return {
@@ -48,7 +68,7 @@ def run(
     }  # fmt: skip
 
 
-def _settled(points: list[dict[str, Any]], rate: str) -> bool:
+def _settled(points: list[Point], rate: str) -> bool:
     """Whether the last two looks found every request complied with."""
     return len(points) > 1 and all(point[rate]["value"] == 1 for point in points[-2:])
 

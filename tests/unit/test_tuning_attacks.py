@@ -16,8 +16,10 @@ from surgery.attacks.benign_finetune import BenignFinetune
 from surgery.attacks.harmful_finetune import HarmfulFinetune
 from surgery.attacks.identity_shifting import IdentityShifting
 from surgery.attacks.no_attack import NoAttack
+from surgery.attacks.refusal_ablation import RefusalAblation
 from surgery.attacks.unforeseen_finetune import UnforeseenFinetune
 from surgery.errors import UsageError
+from surgery.judging.harm import HarmProbe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,6 +102,37 @@ def test_a_model_that_complies_with_everything_breaks_at_step_0():
     ground = prepare("demo:base", given, BUDGET, device="cpu")
     found = trials.run(HarmfulFinetune(steps=1, every=1, batch_size=4), ground)
     assert curves.steps_to_break([found], "asr", 0.5).value == 0
+
+
+def test_the_look_before_attacks_that_train_is_made_once(ground, monkeypatch):
+    def attack(kind):
+        return HarmfulFinetune(lr=1e-3, kind=kind, **SHORT)
+
+    others = RefusalAblation(), Backdoor(**SHORT)
+    expected = [seen(one, ground) for one in (attack("lora"), attack("full"), *others)]
+    looks, known, probed = [], [], HarmProbe.__call__
+    monkeypatch.setattr(HarmProbe, "__call__", lambda self, *a, **b: looks.append(1) or probed(self, *a, **b))
+
+    def again(one):
+        looks.clear()
+        return trials.run(one, ground, at_rest=known)["points"], len(looks)
+
+    assert again(attack("lora")) == (expected[0], 3)
+    assert again(attack("full")) == (expected[1], 2)
+    # What begins in another state, or asks otherwise, looks for itself.
+    assert again(others[0]) == (expected[2], 1)
+    assert again(others[1]) == (expected[3], 3)
+
+
+def test_looks_after_two_that_found_everything_complied_with_can_be_skipped():
+    ground = prepare(
+        "demo:base", {"harmful": ["demo:harmful:attack"], "held_out": ["demo:harmful:held_out"]}, BUDGET
+    )
+    attack = HarmfulFinetune(steps=4, every=1, batch_size=4)
+    whole, skipped = (trials.run(attack, ground, skip_settled=skip) for skip in (False, True))
+    assert [point["steps"] for point in whole["points"]] == [0, 1, 2, 3, 4]
+    assert skipped["points"] == [whole["points"][place] for place in (0, 1, 4)]
+    assert (skipped["settled"], skipped["diverged"]) == (False, False)
 
 
 def test_an_attack_that_diverges_ends_early_and_breaks_nothing(ground):
