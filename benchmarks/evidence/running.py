@@ -23,7 +23,8 @@ from benchmarks.memory import MIB, anonymous
 from benchmarks.timing import ENVIRONMENT, cores
 
 IMPORTED = (
-    "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "matplotlib.figure", "optuna.storages",
+    "benchmarks.evidence.warm", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg",
+    "matplotlib.figure", "optuna.storages",
     "peft", "pydantic", "sqlalchemy.dialects.sqlite", "sqlalchemy.orm", "torch", "transformers.generation.utils",
     "transformers.models.llama.modeling_llama", "surgery.attacking.page", "surgery.attacking.report",
     "surgery.cli.app", "surgery.cli.commands", "surgery.cli.edit", "surgery.evaluate.report",

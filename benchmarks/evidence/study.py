@@ -16,7 +16,7 @@ from benchmarks.evidence.columns import EVALUATE, KEPT, Column
 from benchmarks.evidence.grounds import SEARCH, Ground
 from benchmarks.evidence.keys import BUILD, MODEL, Keys
 from benchmarks.evidence.ledger import Ledger
-from benchmarks.evidence.rows import NONE, Row, named
+from benchmarks.evidence.rows import CHOSEN, NONE, Row, named
 from benchmarks.evidence.running import CommandFailedError, run
 
 Say = Callable[[str], None]
@@ -71,9 +71,11 @@ class Study:
         keys = Keys(self.ground, self.ledger, identity)
         for wave in self.ground.waves:
             chosen = [name for name in wave if not only or name in only]
-            self._searched([name for name in chosen if name in self.ground.searches], keys)
             rows = [named(name) for name in chosen if name not in self.ground.searches]
-            self._models([row for row in rows if self._lacks(row, keys)], keys)
+            after = [row for row in rows if CHOSEN in row.options]
+            self._models([row for row in rows if row not in after and self._lacks(row, keys)], keys)
+            self._searched([name for name in chosen if name in self.ground.searches], keys)
+            self._models([row for row in after if self._lacks(row, keys)], keys)
             self._reference(rows, keys)
             self._together([one for row in rows for one in self._measurements(row, keys)], self.processes)
 

@@ -11,10 +11,10 @@ import pytest
 from ledgers import filled
 
 from benchmarks.evidence import study
-from benchmarks.evidence.grounds import DEMO, REAL, SEARCH
+from benchmarks.evidence.grounds import DEMO, REAL, SEARCH, search_on
 from benchmarks.evidence.keys import BUILD, Keys
 from benchmarks.evidence.ledger import Ledger
-from benchmarks.evidence.rows import named
+from benchmarks.evidence.rows import NONE, named
 from benchmarks.evidence.running import IMPORTED, CommandFailedError, Ran, StoppedError, run
 from benchmarks.evidence.study import Study
 from surgery import resources
@@ -85,6 +85,28 @@ def test_a_mistake_in_a_command_of_the_tool_is_told_in_its_own_words(tmp_path):
 @pytest.mark.parametrize("name", IMPORTED)
 def test_what_is_imported_beforehand_is_there(name):
     assert importlib.util.find_spec(name)
+
+
+@pytest.mark.parametrize("ground", [DEMO, REAL])
+def test_a_search_runs_after_the_model_it_starts_from_and_before_what_it_chooses(
+    ground, tmp_path, monkeypatch
+):
+    order = []
+    monkeypatch.setattr(Ledger, "describe", lambda *_: None)
+    monkeypatch.setattr(Study, "_built", lambda self, row, keys: order.append(row.name))
+    monkeypatch.setattr(Study, "_based", lambda *_: None)
+    monkeypatch.setattr(Study, "_reference", lambda *_: None)
+    monkeypatch.setattr(Study, "_search", lambda self, name, cell, number, keys: order.append(name))
+    ground = dataclasses.replace(ground, prepare=lambda folder: "data")
+    Study(ground, Ledger(tmp_path / "evidence.json"), tmp_path, 1, lambda text: None, columns=()).run()
+    for search, on, chosen in (
+        (SEARCH, NONE, "lox-best"),
+        (search_on("circuit-breakers"), "circuit-breakers", "circuit-breakers+lox-best"),
+    ):
+        places = [place for place, name in enumerate(order) if name == search]
+        assert len(places) == len(ground.searches[search].sweeps)
+        assert order.index(on) < places[0]
+        assert places[-1] < order.index(chosen)
 
 
 @pytest.mark.parametrize("ground", [DEMO, REAL])
