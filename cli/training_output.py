@@ -48,6 +48,12 @@ def outcome(done: "Trained") -> None:
         *(("data", _data(name, data)) for name, data in told["data"].items()),
         ("loss", "\n".join(f"{name} {first[name]:.4g} to {last[name]:.4g}" for name in terms)),
     ]
+    if "spared" in told:
+        spared = {name: output.percent(share) for name, share in told["spared"].items()}
+        pairs.append(
+            ("spared", f"{spared['directions']} of the directions of inputs (median matrix), "
+             f"with {spared['energy']} of the edit's energy")
+        )  # fmt: skip
     if done.merged is not None:
         total = done.merged.totals
         pairs += [

@@ -166,6 +166,8 @@ def _training(trained: Mapping[str, Any]) -> str:
     ]
     rows += [row for name, entry in (trained.get("data") or {}).items() for row in _data(name, entry)]
     rows += _losses(trained.get("losses") or {})
+    if spared := trained.get("spared"):
+        rows.append(("taken out by spare", f"{spared['energy']:.1%} of the edit's energy"))
     rows += [("seed", trained["seed"])] if "seed" in trained else []
     if not rows:
         return ""

@@ -45,6 +45,10 @@ from surgery.train.spreading import placed_like
 from surgery.train.states import States, distance, final_norm, hidden_states
 from surgery.train.step import Batch, Batches, Step, TrainedMethod
 
+# Cosine of the rerouted states with what they were, above which little has been rerouted; and a retain term beside
+# which rerouting's gradient is lost.
+_UNTURNED, _LARGE = 0.9, 10.0
+
 
 @dataclass(frozen=True)
 class CircuitBreakers(TrainedMethod):
@@ -138,6 +142,19 @@ class CircuitBreakers(TrainedMethod):
         return (
             f"min_w {self.alpha:.12g} [(1 - t/{end}) mean max(0, cos(h, h0)) + t/{end} mean {apart}], "
             f"cosine on harmful rows at {where}, distance on retain rows everywhere"
+        )
+
+    def signs(self, last: Mapping[str, float]) -> tuple[str, ...]:
+        """Says so where harmful states point after training where they did before."""
+        if last["rerouting"] <= _UNTURNED:
+            return ()
+        drowned = self.form != "relative" and last["retain"] > _LARGE
+        advice = (
+            "--form relative, as the hidden states are large" if drowned else "a larger --lr or more --steps"
+        )
+        return (
+            f"rerouting is {last['rerouting']:.2f} after the last step: the hidden states of harmful rows point "
+            f"nearly where they did, and little is defended; take {advice}",
         )
 
     def prepare(self, model: nn.Module) -> None:

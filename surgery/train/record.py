@@ -73,6 +73,7 @@ def trained(
     columns: Columns,
     crew: Crew,
     history: Sequence[Mapping[str, float]],
+    spared: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """How an output came to be: method, hyperparameters, data, seed, losses, and the command that repeats it."""
     return {
@@ -86,6 +87,7 @@ def trained(
         "seed": options.seed,
         "versions": _versions(),
         "losses": {"first": dict(history[0]), "last": dict(history[-1])},
+        **({"spared": dict(spared)} if spared else {}),
         "command": command(method, source, sets, training, options, columns),
     }
 

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Trained:
         adapter: The adapter's folder where it was kept, None otherwise.
         history: The terms of the loss, the gradient's norm and the learning rate of every step.
         record: What stands in the manifest of how the model came to be.
-        notes: What a careful user should know of the data.
+        notes: What a careful user should know of the data, and of what the run came to.
         merged: The outcome of the merge; None with `as_lora`.
         seconds: Wall time of the run, a resumed one from when it was taken up.
     """
@@ -115,13 +115,13 @@ def immunise(
     started = time.monotonic()
     job = _prepare(method, model, data or {}, output, training, options, columns)
     with ExitStack() as stack:
-        history, merged = job.carry_out(stack, progress, merging)
+        result, merged = job.carry_out(stack, progress, merging)
     return Trained(
         output=job.target,
         adapter=job.kept if training.keep_adapter or options.as_lora else None,
-        history=tuple(history),
-        record=job.record(history),
-        notes=record.notes(job.sets, job.training),
+        history=tuple(result["history"]),
+        record=job.record(result),
+        notes=(*record.notes(job.sets, job.training), *method.signs(result["history"][-1])),
         merged=merged,
         seconds=time.monotonic() - started,
     )
@@ -195,16 +195,23 @@ class _Job:
     kept: Path
     crew: Crew
 
-    def record(self, history: list[dict[str, float]]) -> dict[str, Any]:
+    def record(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """How the output came to be, for its manifest and card."""
         return record.trained(
-            self.method, self.source, self.sets, self.training, self.options, self.columns, self.crew, history
+            self.method,
+            self.source,
+            self.sets,
+            self.training,
+            self.options,
+            self.columns,
+            self.crew,
+            **result,
         )
 
     def carry_out(
         self, stack: ExitStack, progress: Progress | None, merging: ShardProgress | None
-    ) -> tuple[list[dict[str, float]], Outcome | None]:
-        """Train in the work folder, merge what came of it, and leave no work behind."""
+    ) -> tuple[dict[str, Any], Outcome | None]:
+        """Train in the work folder, merge what came of it, and leave no work behind; the run as `_train` has it."""
         together = team()
         fingerprint = record.fingerprint(
             self.method, self.source, self.checkpoint, self.sets, self.training, self.options, self.crew
@@ -212,8 +219,8 @@ class _Job:
         opened = together.agree(lambda: self._open(stack, fingerprint) if together.leads else None)
         staging = together.agree(lambda: opened or Staging.join(self.kept, fingerprint, together.rank))
         done = together.gather(staging.entries)[0]
-        found = [entry["history"] for entry in done if "history" in entry]
-        history = found[0] if found else self._train(staging, progress)
+        found = [entry for entry in done if "history" in entry]
+        result = found[0] if found else self._train(staging, progress)
         merged = None
         if not self.options.as_lora:
             options = replace(self.options, as_lora=False)
@@ -222,11 +229,11 @@ class _Job:
                 staging.path / _RESULT,
                 output=self.target,
                 options=options,
-                trained=self.record(history),
+                trained=self.record(result),
                 progress=merging,
             )
-        together.agree(lambda: self._finish(staging, history) if together.leads else None)
-        return history, merged
+        together.agree(lambda: self._finish(staging, result) if together.leads else None)
+        return result, merged
 
     def _named(self) -> str | Path:
         """The model as the merge is to take it; one from the Hub at the very commit that was trained."""
@@ -238,8 +245,8 @@ class _Job:
         overwrite = self.options.overwrite
         return stack.enter_context(Staging(self.kept, fingerprint, overwrite=overwrite))
 
-    def _train(self, staging: Staging, progress: Progress | None) -> list[dict[str, float]]:
-        """Train, and put what it came to into the work folder."""
+    def _train(self, staging: Staging, progress: Progress | None) -> dict[str, Any]:
+        """Train, and put what it came to into the work folder: `history`, and `spared` where something was."""
         leads, label = self.crew.rank == 0, self.source.label
         dtype, autocast = network.precision(self.training, self.crew.device)
         model = network.load_model(self.checkpoint, dtype)
@@ -248,9 +255,10 @@ class _Job:
         feed = self._feed()
         run = Run(self.method, model, feed, self.training, self.options.seed, self.crew, states, autocast)
         with tracking(self.crew, self.training, self.method, progress) as told:
-            history = run.fit(told)
+            kept: dict[str, Any] = {"history": run.fit(told)}
         if self.training.spare:
-            sparing.spare(model, self.sets["retain"].rows, self.training.spare, seed=self.options.seed)
+            share, seed = self.training.spare, self.options.seed
+            kept["spared"] = asdict(sparing.spare(model, self.sets["retain"].rows, share, seed=seed))
         result = staging.path / _RESULT
         if leads:
             result.mkdir(exist_ok=True)
@@ -260,13 +268,13 @@ class _Job:
             save_weights(model, result, label, write=leads)
         if leads:
             fsync_folder(result)
-            staging.record({"history": history})
+            staging.record(kept)
             states.clear()
         del model, run
         gc.collect()
         if self.crew.device.type == "cuda":
             torch.cuda.empty_cache()
-        return history
+        return kept
 
     def _feed(self) -> Feed:
         ends = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
@@ -282,7 +290,7 @@ class _Job:
             self.crew.world,
         )
 
-    def _finish(self, staging: Staging, history: list[dict[str, float]]) -> None:
+    def _finish(self, staging: Staging, result: Mapping[str, Any]) -> None:
         """Keep the adapter under its own name, or remove the work folder."""
         if not (self.training.keep_adapter or self.options.as_lora):
             shutil.rmtree(staging.path)
@@ -290,6 +298,6 @@ class _Job:
         for file in (staging.path / _RESULT).iterdir():
             file.rename(staging.path / file.name)
         (staging.path / _RESULT).rmdir()
-        text = record.manifest(self.record(history), staging.path)
+        text = record.manifest(self.record(result), staging.path)
         write_file(staging.path / MANIFEST, text)
         staging.commit()

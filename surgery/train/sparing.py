@@ -18,7 +18,9 @@ gradients of whole weights, of one task after another.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -34,6 +36,19 @@ from surgery.train.tokens import Example
 # Tokens that inputs are looked at on, and the memory that they may take: blocks are gone through in groups of it.
 _TOKENS = 4096
 _BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Spared:
+    """What was taken out of an adapter.
+
+    Attributes:
+        directions: How many of the directions of a layer's inputs, the median over layers, 0 to 1.
+        energy: How much of the sum of ||B A||_F^2 over all layers, 0 to 1.
+    """
+
+    directions: float
+    energy: float
 
 
 def require(method: TrainedMethod, crew: Crew) -> None:
@@ -53,7 +68,7 @@ def require(method: TrainedMethod, crew: Crew) -> None:
 
 
 @torch.no_grad()
-def spare(model: nn.Module, rows: Sequence[Example], share: float, *, seed: int) -> None:
+def spare(model: nn.Module, rows: Sequence[Example], share: float, *, seed: int) -> Spared:
     """Take out of every A what it does along the leading directions of its inputs on rows, in float64.
 
     Args:
@@ -62,11 +77,23 @@ def spare(model: nn.Module, rows: Sequence[Example], share: float, *, seed: int)
         share: Of the energy that the directions carry, above 0 and below 1.
         seed: Draws the rows.
     """
+    shares, before, taken = [], 0.0, 0.0
     for names, basis in directions(model, rows, share, seed=seed):
         for name in names:
-            down = _factor(model.get_submodule(name))
+            down, up = (_factor(model.get_submodule(name), factor) for factor in "AB")
             wide, away = down.double(), basis.to(down.device)
-            down.copy_(wide - (wide @ away) @ away.T)
+            along = wide @ away
+            down.copy_(wide - along @ away.T)
+            shares.append(basis.shape[1] / basis.shape[0])
+            before += _energy(up, wide)
+            taken += _energy(up, along)
+    return Spared(median(shares), taken / before if before else 0.0)
+
+
+def _energy(up: Tensor, down: Tensor) -> float:
+    """||up down||_F^2 of (out, rank) and (rank, n), in float64, without their product."""
+    wide = up.double()
+    return float(((wide.T @ wide) * (down @ down.T)).sum())
 
 
 def directions(
@@ -122,9 +149,9 @@ def _is_adapted(module: nn.Module) -> bool:
     return "default" in getattr(module, "lora_A", {})
 
 
-def _factor(module: nn.Module) -> Tensor:
-    """A of an adapted layer, (rank, in)."""
-    factors: Any = module.lora_A
+def _factor(module: nn.Module, factor: str = "A") -> Tensor:
+    """A of an adapted layer, (rank, in), or B, (out, rank)."""
+    factors: Any = getattr(module, f"lora_{factor}")
     weight: Tensor = factors["default"].weight
     return weight
 

@@ -138,6 +138,11 @@ class TrainedMethod(ABC):
         del seed
         return {name: Stream(own) for name, own in rows.items()}
 
+    def signs(self, last: Mapping[str, float]) -> tuple[str, ...]:
+        """What the last step's terms of the loss warn of, a line each; nothing, if not overridden."""
+        del last
+        return ()
+
     @abstractmethod
     def prepare(self, model: nn.Module) -> None:
         """Checks that the model can be trained so, by structure, and freezes what the method never trains."""

@@ -346,6 +346,21 @@ def test_without_the_rerouting_term_nothing_is_rerouted(monkeypatch):
     assert history[-1]["rerouting"] > 0.99
 
 
+@pytest.mark.parametrize(
+    ("form", "rerouting", "retain", "advice"),
+    [
+        ("paper", 0.99, 40.0, "--form relative"),
+        ("paper", 0.99, 2.0, "--steps"),
+        ("relative", 0.99, 40.0, "--steps"),
+        ("paper", 0.9, 40.0, None),
+    ],
+)
+def test_a_run_that_has_rerouted_nothing_says_so(form, rerouting, retain, advice):
+    signs = CircuitBreakers(form=form).signs({"rerouting": rerouting, "retain": retain})
+    assert len(signs) == (advice is not None)
+    assert all("0.99" in sign and advice in sign for sign in signs)
+
+
 def test_a_step_leaves_no_hooks_behind():
     model = adapted()
     clean = hooks(model)

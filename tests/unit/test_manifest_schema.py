@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import surgery
-from surgery.methods.vaccine import Vaccine
+from surgery.methods.circuit_breakers import CircuitBreakers
 from surgery.train.running import immunise
 from surgery.train.training import Training
 
@@ -28,8 +28,8 @@ def manifests(tmp_path_factory):
     )
     both = [place / "adapter", place / "adapter"]
     surgery.merge("demo:aligned", both, weights=(0.5, 0.75), output=place / "merge")
-    training = Training(steps=1, batch_size=2, keep_adapter=True)
-    immunise(Vaccine(), model="demo:aligned", output=place / "trained", training=training)
+    training = Training(steps=1, batch_size=2, keep_adapter=True, spare=0.5)
+    immunise(CircuitBreakers(), model="demo:aligned", output=place / "trained", training=training)
     (place / "trained-adapter").rename(place / "trained adapter")
     return {kind: json.loads((place / kind / "surgery.json").read_text()) for kind in KINDS}
 

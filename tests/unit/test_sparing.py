@@ -1,11 +1,15 @@
 """What an adapter is kept out of: the directions by themselves, in a whole run, and what cannot have them."""
 
+from statistics import median
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from training_setup import plain, rows, trainable
 
+from surgery import card
 from surgery.checkpoint.layout import open_checkpoint
+from surgery.cli import training_output
 from surgery.errors import UsageError
 from surgery.methods.circuit_breakers import CircuitBreakers
 from surgery.methods.vaccine import Vaccine
@@ -89,14 +93,20 @@ def named(directions):
 
 def along(factors, name, basis):
     """How much of a layer's update, B A, acts along directions, 0 to 1."""
+    whole = update(factors, name)
+    return float((whole @ basis).norm() / whole.norm())
+
+
+def update(factors, name):
+    """B A of a layer, (out, in), float64."""
     down, up = (factors[f"{name}.lora_{factor}.weight"].double() for factor in "AB")
-    return float((up @ down @ basis).norm() / (up @ down).norm())
+    return up @ down
 
 
-def test_a_trained_adapter_does_nothing_along_them(tmp_path, monkeypatch):
+def test_a_trained_adapter_does_nothing_along_them(tmp_path, monkeypatch, capsys):
     """By the files that a run leaves, also one that was taken up again; without the option it acts along them."""
     monkeypatch.chdir(tmp_path)
-    known, directions = {}, sparing.directions
+    known, told, directions = {}, {}, sparing.directions
 
     def noted(model, rows, share, *, seed):
         found = [*directions(model, rows, share, seed=seed)]
@@ -110,6 +120,8 @@ def test_a_trained_adapter_does_nothing_along_them(tmp_path, monkeypatch):
             method, model="demo:aligned", output=output, training=training, options=options, progress=progress
         )
         assert done.record["training"]["spare"] == spare
+        told[output] = done.record.get("spared")
+        training_output.outcome(done)
         return load_file(done.output / "adapter_model.safetensors")
 
     def stop(done, *_):
@@ -132,6 +144,20 @@ def test_a_trained_adapter_does_nothing_along_them(tmp_path, monkeypatch):
         assert torch.equal(spared[up], usual[up])
         wide = usual[down].double()
         torch.testing.assert_close(spared[down], (wide - wide @ basis @ basis.T).float())
+    # What was taken out, told by the record and the summary.
+    assert told["again"] == told["spared"]
+    assert told["usual"] is None
+    updates = {name: update(usual, name) for name in known}
+    taken = sum(float((updates[name] @ basis).square().sum()) for name, basis in known.items())
+    whole = sum(float(one.square().sum()) for one in updates.values())
+    assert told["spared"]["energy"] == pytest.approx(taken / whole, rel=1e-9)
+    assert told["spared"]["directions"] == median(basis.shape[1] / basis.shape[0] for basis in known.values())
+    said = capsys.readouterr().out
+    assert said.count("spared  ") == 2
+    assert f"with {100 * taken / whole:.2f} % of the edit's energy" in said
+    assert f"| taken out by spare | {taken / whole:.1%} of the edit's energy |" in card._training(
+        {"spared": told["spared"]}
+    )
 
 
 @pytest.mark.parametrize("given", [{"spare": 1.0}, {"spare": -0.1}, {"spare": 0.5, "full": True}])
