@@ -11,13 +11,15 @@ python -m benchmarks.evidence --again ROW            repeat one row of the demo 
 import argparse
 import shutil
 import sys
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.evidence.grounds import GROUNDS
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import ROWS
 from benchmarks.evidence.running import StoppedError
-from benchmarks.evidence.study import Study
+from benchmarks.evidence.study import Study, code
 from benchmarks.timing import cores
 
 ROOT = Path(__file__).parents[2]
@@ -67,16 +69,24 @@ def main() -> int:
     if not options.page:
         try:
             for name in options.grounds:
-                folder = options.folder / name
-                if options.from_nothing:
-                    ledger.forget(name)
-                    shutil.rmtree(folder, ignore_errors=True)
-                Study(GROUNDS[name], ledger, folder, options.processes, say).run(options.rows)
+                carried_out(name, ledger, options)
         except StoppedError as stopped:
             say(f"{stopped} was interrupted; run the same command again to go on")
             return 130
     page.write(ledger)
     return 0
+
+
+def carried_out(name: str, ledger: Ledger, options: argparse.Namespace) -> None:
+    """One ground's part of the study; timed where it is all of it, from nothing to the end."""
+    folder, begun = options.folder / name, time.monotonic()
+    if options.from_nothing:
+        ledger.forget(name)
+        shutil.rmtree(folder, ignore_errors=True)
+    Study(GROUNDS[name], ledger, folder, options.processes, say).run(options.rows)
+    if options.from_nothing and not options.rows:
+        took = {"wall": round(time.monotonic() - begun, 1), "processes": options.processes, "commit": code()}
+        ledger.timed(name, {**took, "date": datetime.now(UTC).date().isoformat()})
 
 
 def say(text: str) -> None:

@@ -37,7 +37,7 @@ class Ledger:
             self.document = json.loads(path.read_text())
 
     def ground(self, name: str) -> dict[str, Any]:
-        """What is known of a ground: `about`, and `rows` with the cells of each by column."""
+        """What is known of a ground: `about`, `rows` with the cells of each by column, `from_nothing` once timed."""
         found: dict[str, Any] = self.document["grounds"].setdefault(name, {"about": {}, "rows": {}})
         return found
 
@@ -49,6 +49,11 @@ class Ledger:
     def describe(self, ground: str, about: Mapping[str, Any]) -> None:
         """Say what a ground is."""
         self.ground(ground)["about"] = dict(about)
+        self._write()
+
+    def timed(self, ground: str, run: Mapping[str, Any]) -> None:
+        """Keep what one run of a ground from nothing to its end took."""
+        self.ground(ground)["from_nothing"] = dict(run)
         self._write()
 
     def cell(self, ground: str, row: str, column: str, key: str | None = None) -> Cell | None:

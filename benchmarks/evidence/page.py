@@ -375,6 +375,11 @@ def _made(ledger: Ledger, facts: Facts) -> Iterator[str]:
         f"commands side by side{', but models one by one' * facts.ground.one_by_one}: by the times of all commands "
         f"{_hours(facts, about['processes']):.1f} hours from nothing; commits {', '.join(commits)}."
     )
+    if run := ledger.ground(facts.ground.name).get("from_nothing"):
+        yield (
+            f"One run from nothing to its end: {run['wall'] / 60:.0f} minutes, {run['processes']} commands side by "
+            f"side, at commit {run['commit']}."
+        )
     where = Counter(cell["processor"] for cell in cells if "processor" in cell)
     if len(where) > 1:
         told = "; ".join(f"{kind} {count}" for kind, count in sorted(where.items()))

@@ -1,5 +1,6 @@
 """Commands of the evidence study, forked from a process that has their imports; and which models are made first."""
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 from ledgers import filled
 
-from benchmarks.evidence import study
+from benchmarks.evidence import __main__ as command
+from benchmarks.evidence import page, study
+from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import DEMO, REAL, SEARCH, search_on
 from benchmarks.evidence.keys import BUILD, Keys
 from benchmarks.evidence.ledger import Ledger
@@ -157,3 +160,28 @@ def test_models_are_made_on_all_cores_or_side_by_side_and_sweeps_without_the_mar
     sweeps = [words for words, count in ran[1:] if count == 1]
     assert len(sweeps) == len(DEMO.searches[SEARCH].sweeps) == len(ran) - 1
     assert all("--no-margin" in words for words in sweeps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "timed"),
+    [({}, True), ({"rows": ["none"]}, False), ({"from_nothing": False}, False), ({"stops": True}, False)],
+)
+def test_only_a_whole_run_from_nothing_is_timed(tmp_path, monkeypatch, changes, timed):
+    ledger = filled(tmp_path / "evidence.json")
+    kept = json.loads(ledger.path.read_text())["grounds"]["demo"]
+
+    def run(self, only):
+        ledger.document["grounds"]["demo"] = kept
+        if changes.get("stops"):
+            raise StoppedError("surgery lox")
+
+    monkeypatch.setattr(Study, "run", run)
+    usual = {"folder": tmp_path, "rows": [], "from_nothing": True, "processes": 2}
+    try:
+        command.carried_out("demo", ledger, argparse.Namespace(**usual | changes))
+    except StoppedError:
+        assert changes["stops"]
+    again = Ledger(ledger.path)
+    assert ("from_nothing" in again.ground("demo")) == timed
+    said = "".join(page._made(again, Facts(again, "demo")))
+    assert ("One run from nothing to its end: 0 minutes, 2 commands side by side" in said) == timed
