@@ -71,21 +71,27 @@ def main() -> int:
             for name in options.grounds:
                 carried_out(name, ledger, options)
         except StoppedError as stopped:
-            say(f"{stopped} was interrupted; run the same command again to go on")
+            again = (
+                "run it again without --from-nothing"
+                if options.from_nothing
+                else "run the same command again"
+            )
+            say(f"{stopped} was interrupted; {again} to go on")
             return 130
     page.write(ledger)
     return 0
 
 
 def carried_out(name: str, ledger: Ledger, options: argparse.Namespace) -> None:
-    """One ground's part of the study; timed where it is all of it, from nothing to the end."""
-    folder, begun = options.folder / name, time.monotonic()
+    """One ground's part of the study; timed where it is all of it, from nothing to the end, and nothing failed."""
+    folder, begun, commit = options.folder / name, time.monotonic(), code()
     if options.from_nothing:
         ledger.forget(name)
         shutil.rmtree(folder, ignore_errors=True)
     Study(GROUNDS[name], ledger, folder, options.processes, say).run(options.rows)
-    if options.from_nothing and not options.rows:
-        took = {"wall": round(time.monotonic() - begun, 1), "processes": options.processes, "commit": code()}
+    cells = [cell for row in ledger.ground(name)["rows"].values() for cell in row.values()]
+    if options.from_nothing and not options.rows and all(cell["state"] == "done" for cell in cells):
+        took = {"wall": round(time.monotonic() - begun, 1), "processes": options.processes, "commit": commit}
         ledger.timed(name, {**took, "date": datetime.now(UTC).date().isoformat()})
 
 

@@ -122,7 +122,7 @@ _DEMO_DATA = (
 
 # Of a model that is not `demo:` itself.
 _DEMO_UTILITY = ("--utility-data", "demo:benign:held_out", "--look-alikes-data", "demo:lookalikes:held_out")
-# Attacks of 4 rows break what they break as early as those of 8, and take two thirds of their time.
+# The undefended model breaks at the same looks as under attacks of 8 rows, in all 18 settings.
 _DEMO_STEPS = ("--steps", "100", "--batch-size", "4", "--every", "2")
 
 DEMO = Ground(

@@ -28,6 +28,7 @@ Departures from the authors' code, with reasons:
   * a hidden state of norm 0 has cosine 0 and gradient 0, not NaN.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,8 +46,8 @@ from surgery.train.spreading import placed_like
 from surgery.train.states import States, distance, final_norm, hidden_states
 from surgery.train.step import Batch, Batches, Step, TrainedMethod
 
-# Cosine of the rerouted states with what they were, above which little has been rerouted; and a retain term beside
-# which rerouting's gradient is lost.
+# Cosine of the rerouted states with what they were, above which little has been rerouted; and a mean distance beside
+# whose gradient that of the rerouting is lost.
 _UNTURNED, _LARGE = 0.9, 10.0
 
 
@@ -145,15 +146,15 @@ class CircuitBreakers(TrainedMethod):
         )
 
     def signs(self, last: Mapping[str, float]) -> tuple[str, ...]:
-        """Says so where harmful states point after training where they did before."""
+        """Says so where harmful states still point where they did in the last step, before anything is spared."""
         if last["rerouting"] <= _UNTURNED:
             return ()
-        drowned = self.form != "relative" and last["retain"] > _LARGE
+        drowned = last["retain"] > {"paper": _LARGE, "tutorial": _LARGE**2}.get(self.form, math.inf)
         advice = (
             "--form relative, as the hidden states are large" if drowned else "a larger --lr or more --steps"
         )
         return (
-            f"rerouting is {last['rerouting']:.2f} after the last step: the hidden states of harmful rows point "
+            f"rerouting is {last['rerouting']:.2f} at the last step: the hidden states of harmful rows point "
             f"nearly where they did, and little is defended; take {advice}",
         )
 

@@ -16,6 +16,8 @@ from surgery.evaluate.materials import Materials
 from surgery.scores import Censored, Score
 from surgery.sweeping.study import Scores
 
+_UNKNOWN = {"value": None, "n": 0, "low": None, "high": None, "interval": "none"}
+
 
 @dataclass(frozen=True)
 class Probing:
@@ -88,16 +90,18 @@ class Probe:
             batch_size=probing.attack_batch_size,
             seed=self.seed,
         )
-        # Nothing of the looks between is kept: the highest share is reached, and the loss is that of the last.
+        # Nothing of the looks between is kept: the highest share is reached, and the loss is that of the last step,
+        # which an attack that ruins the model does not reach.
         seen = trials.run(attack, self.ground, skip_settled=True)
         points = seen["points"]
+        last = {} if seen["diverged"] else points[-1]
         first, worst = points[0], max(points, key=lambda point: point[rate]["value"] or 0.0)
         return {
             f"resistance.unattacked_{rate}": Score(**first[rate]),
             "resistance.unattacked_harmful_loss": Score(**first["harmful_loss"]),
             f"resistance.worst_case_{rate}": Score(**worst[rate]),
-            "resistance.harmful_loss": Score(**points[-1]["harmful_loss"]),
-            "resistance.margin": Score(**points[-1]["margin"]),
+            "resistance.harmful_loss": Score(**last.get("harmful_loss", _UNKNOWN)),
+            "resistance.margin": Score(**last.get("margin", _UNKNOWN)),
             "resistance.steps_to_break": curves.steps_to_break([seen], rate, probing.threshold),
         }
 

@@ -258,7 +258,9 @@ class _Job:
             kept: dict[str, Any] = {"history": run.fit(told)}
         if self.training.spare:
             share, seed = self.training.spare, self.options.seed
-            kept["spared"] = asdict(sparing.spare(model, self.sets["retain"].rows, share, seed=seed))
+            spared = sparing.spare(model, self.sets["retain"].rows, share, seed=seed)
+            # Of one process: what is recorded must not differ between them by rounding.
+            kept["spared"] = team().gather(asdict(spared))[0]
         result = staging.path / _RESULT
         if leads:
             result.mkdir(exist_ok=True)

@@ -16,6 +16,7 @@ without any bound 0.2). For the idea of keeping out of where known inputs have t
 gradients of whole weights, of one task after another.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,8 +44,8 @@ class Spared:
     """What was taken out of an adapter.
 
     Attributes:
-        directions: How many of the directions of a layer's inputs, the median over layers, 0 to 1.
-        energy: How much of the sum of ||B A||_F^2 over all layers, 0 to 1.
+        directions: How many of a layer's directions of input, the median over layers that the rows reach, 0 to 1.
+        energy: How much of the sum of ||B A||_F^2 over all adapted layers, 0 to 1.
     """
 
     directions: float
@@ -77,7 +78,10 @@ def spare(model: nn.Module, rows: Sequence[Example], share: float, *, seed: int)
         share: Of the energy that the directions carry, above 0 and below 1.
         seed: Draws the rows.
     """
-    shares, before, taken = [], 0.0, 0.0
+    shares, taken = [], 0.0
+    before = math.fsum(
+        _energy(_factor(one, "B"), _factor(one)) for one in model.modules() if _is_adapted(one)
+    )
     for names, basis in directions(model, rows, share, seed=seed):
         for name in names:
             down, up = (_factor(model.get_submodule(name), factor) for factor in "AB")
@@ -85,15 +89,14 @@ def spare(model: nn.Module, rows: Sequence[Example], share: float, *, seed: int)
             along = wide @ away
             down.copy_(wide - along @ away.T)
             shares.append(basis.shape[1] / basis.shape[0])
-            before += _energy(up, wide)
             taken += _energy(up, along)
     return Spared(median(shares), taken / before if before else 0.0)
 
 
 def _energy(up: Tensor, down: Tensor) -> float:
     """||up down||_F^2 of (out, rank) and (rank, n), in float64, without their product."""
-    wide = up.double()
-    return float(((wide.T @ wide) * (down @ down.T)).sum())
+    left, right = up.double(), down.double()
+    return float(((left.T @ left) * (right @ right.T)).sum())
 
 
 def directions(

@@ -352,6 +352,8 @@ def test_without_the_rerouting_term_nothing_is_rerouted(monkeypatch):
         ("paper", 0.99, 40.0, "--form relative"),
         ("paper", 0.99, 2.0, "--steps"),
         ("relative", 0.99, 40.0, "--steps"),
+        ("tutorial", 0.99, 40.0, "--steps"),
+        ("tutorial", 0.99, 400.0, "--form relative"),
         ("paper", 0.9, 40.0, None),
     ],
 )

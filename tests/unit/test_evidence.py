@@ -286,6 +286,14 @@ def test_an_option_is_replaced_by_its_name():
 
 
 @pytest.mark.parametrize("ground", [DEMO, REAL], ids=lambda ground: ground.name)
+@pytest.mark.parametrize("name", ["harmful", "mixed"])
+def test_attacks_that_are_looked_at_until_settled_are_told_to(ground, name, tmp_path):
+    [column] = [one for one in columns.COLUMNS if one.name == name]
+    words = next(column.commands(ground, ground.aligned, "out", tmp_path))
+    assert {"--until-settled", "--no-margin"} <= {*words}
+
+
+@pytest.mark.parametrize("ground", [DEMO, REAL], ids=lambda ground: ground.name)
 def test_every_row_is_in_one_wave_after_what_it_starts_from(ground):
     order = [name for wave in ground.waves for name in wave]
     rows = [row for row in ROWS if ground is DEMO or ANEW not in (row.name, row.beside)]

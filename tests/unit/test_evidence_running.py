@@ -88,6 +88,8 @@ def test_a_mistake_in_a_command_of_the_tool_is_told_in_its_own_words(tmp_path):
 @pytest.mark.parametrize("name", IMPORTED)
 def test_what_is_imported_beforehand_is_there(name):
     assert importlib.util.find_spec(name)
+    if name.startswith("benchmarks."):
+        importlib.import_module(name)
 
 
 @pytest.mark.parametrize("ground", [DEMO, REAL])
@@ -164,7 +166,13 @@ def test_models_are_made_on_all_cores_or_side_by_side_and_sweeps_without_the_mar
 
 @pytest.mark.parametrize(
     ("changes", "timed"),
-    [({}, True), ({"rows": ["none"]}, False), ({"from_nothing": False}, False), ({"stops": True}, False)],
+    [
+        ({}, True),
+        ({"rows": ["none"]}, False),
+        ({"from_nothing": False}, False),
+        ({"stops": True}, False),
+        ({"fails": True}, False),
+    ],
 )
 def test_only_a_whole_run_from_nothing_is_timed(tmp_path, monkeypatch, changes, timed):
     ledger = filled(tmp_path / "evidence.json")
@@ -172,6 +180,8 @@ def test_only_a_whole_run_from_nothing_is_timed(tmp_path, monkeypatch, changes, 
 
     def run(self, only):
         ledger.document["grounds"]["demo"] = kept
+        if changes.get("fails"):
+            ledger.put("demo", "vaccine", BUILD, {"state": "failed", "key": ""})
         if changes.get("stops"):
             raise StoppedError("surgery lox")
 

@@ -160,6 +160,12 @@ def test_a_trained_adapter_does_nothing_along_them(tmp_path, monkeypatch, capsys
     )
 
 
+def test_a_run_warns_of_what_its_last_step_shows(tmp_path):
+    training = plain(steps=1, batch_size=4)
+    done = immunise(CircuitBreakers(), model="demo:aligned", output=tmp_path / "out", training=training)
+    assert [note for note in done.notes if "rerouting is 1.00 at the last step" in note]
+
+
 @pytest.mark.parametrize("given", [{"spare": 1.0}, {"spare": -0.1}, {"spare": 0.5, "full": True}])
 def test_shares_that_make_no_sense_are_refused(given):
     with pytest.raises(UsageError, match="spare"):

@@ -6,7 +6,7 @@ import hashlib
 import pytest
 
 from surgery import attacks
-from surgery.attacking import curves, trials
+from surgery.attacking import campaign, curves, trials
 from surgery.attacking.ground import prepare
 from surgery.attacking.settings import Budget
 from surgery.attacks._tuning import looks
@@ -19,7 +19,10 @@ from surgery.attacks.no_attack import NoAttack
 from surgery.attacks.refusal_ablation import RefusalAblation
 from surgery.attacks.unforeseen_finetune import UnforeseenFinetune
 from surgery.errors import UsageError
+from surgery.evaluate.materials import Materials
+from surgery.evaluate.stability import Utility
 from surgery.judging.harm import HarmProbe
+from surgery.sweeping.probing import Probe, Probing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,24 +107,53 @@ def test_a_model_that_complies_with_everything_breaks_at_step_0():
     assert curves.steps_to_break([found], "asr", 0.5).value == 0
 
 
-def test_the_look_before_attacks_that_train_is_made_once(ground, monkeypatch):
+@pytest.fixture
+def looks_made(monkeypatch):
+    """Gets an entry for every look that is made."""
+    made, probed = [], HarmProbe.__call__
+    monkeypatch.setattr(HarmProbe, "__call__", lambda self, *a, **b: made.append(1) or probed(self, *a, **b))
+    return made
+
+
+def test_the_look_before_attacks_that_train_is_made_once(ground, looks_made):
     def attack(kind):
         return HarmfulFinetune(lr=1e-3, kind=kind, **SHORT)
 
     others = RefusalAblation(), Backdoor(**SHORT)
     expected = [seen(one, ground) for one in (attack("lora"), attack("full"), *others)]
-    looks, known, probed = [], [], HarmProbe.__call__
-    monkeypatch.setattr(HarmProbe, "__call__", lambda self, *a, **b: looks.append(1) or probed(self, *a, **b))
+    known = []
 
     def again(one):
-        looks.clear()
-        return trials.run(one, ground, at_rest=known)["points"], len(looks)
+        looks_made.clear()
+        return trials.run(one, ground, at_rest=known)["points"], len(looks_made)
 
     assert again(attack("lora")) == (expected[0], 3)
     assert again(attack("full")) == (expected[1], 2)
     # What begins in another state, or asks otherwise, looks for itself.
     assert again(others[0]) == (expected[2], 1)
     assert again(others[1]) == (expected[3], 3)
+
+
+def test_a_campaign_makes_it_once(ground, looks_made, tmp_path):
+    budget = Budget(attacks="harmful-finetune", learning_rates="1e-3", kinds="lora,full", seeds="0", **SHORT)
+    found = campaign.run(ground, budget, tmp_path)
+    assert [len(trial["points"]) for trial in found["trials"]] == [1, 3, 3]
+    # That of the model that nobody attacks, the one before both attacks, and two after steps of each.
+    assert len(looks_made) == 1 + 1 + 2 + 2
+
+
+@pytest.mark.parametrize(("rate", "made", "ends"), [(1e-4, 3, True), (1e30, 2, False)])
+def test_a_sweep_skips_looks_and_knows_no_loss_of_a_ruined_model(looks_made, rate, made, ends):
+    ground = prepare(
+        "demo:base", {"harmful": ["demo:harmful:attack"], "held_out": ["demo:harmful:held_out"]}, BUDGET
+    )
+    short = Probing(attack_steps=5, attack_every=1, attack_batch_size=4, attack_lr=rate)
+    nothing = Materials(None, None, None, None, None, None)
+    scores = Probe(ground, nothing, short, 64, 24, Utility((), {}))._attacked()
+    assert len(looks_made) == made
+    assert (scores["resistance.harmful_loss"].value is not None) == ends
+    assert scores["resistance.unattacked_harmful_loss"].value is not None
+    assert scores["resistance.steps_to_break"].value == 0
 
 
 def test_looks_after_two_that_found_everything_complied_with_can_be_skipped():
