@@ -143,14 +143,14 @@ DEMO = Ground(
         *_DEMO_STEPS, "--growth", "1.5",
     ),
     harmful_share="one in seven",
-    evaluate=(*_DEMO_DATA, "--limit", "48", "--rows", "64", "--every", "15", "--max-new-tokens", "24"),
+    evaluate=(
+        *_DEMO_DATA, "--limit", "48", "--rows", "64", "--every", "15", "--max-new-tokens", "24",
+        "--practice-seeds", "2",
+    ),
     spared=_SPARED,
-    training={
-        "circuit-breakers-sparing": ("--spare", "0.5"),
-        **dict.fromkeys(
-            (ANEW, "vaccine-anew", "t-vaccine-anew"), ("--full", "--steps", "300", "--lr", "1e-3")
-        ),
-    },
+    training=dict.fromkeys(
+        (ANEW, "vaccine-anew", "t-vaccine-anew"), ("--full", "--steps", "300", "--lr", "1e-3")
+    ),
     searches={
         SEARCH: Search((
             ("--rank", "6", "--alpha", "1.5:2.5:0.5", "--set", "depth=0:0.5,0:0.25"),
@@ -176,8 +176,8 @@ DEMO = Ground(
     waves=((
         search_on("circuit-breakers"), *map(search_of, ("t-vaccine", "vaccine", "booster", "condition-number")),
         SEARCH, "none", "sft", *_LOX_ROWS, "lox-best", "vaccine", "t-vaccine", "booster", "circuit-breakers",
-        "circuit-breakers-sparing", "condition-number", *_COMBINED, "circuit-breakers+lox-best", "mlac", "tar",
-        ANEW, "vaccine-anew", "t-vaccine-anew",
+        "condition-number", *_COMBINED, "circuit-breakers+lox-best", "mlac", "tar", ANEW, "vaccine-anew",
+        "t-vaccine-anew",
     ),),
 )  # fmt: skip
 

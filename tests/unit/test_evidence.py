@@ -296,7 +296,9 @@ def test_attacks_that_are_looked_at_until_settled_are_told_to(ground, name, tmp_
 @pytest.mark.parametrize("ground", [DEMO, REAL], ids=lambda ground: ground.name)
 def test_every_row_is_in_one_wave_after_what_it_starts_from(ground):
     order = [name for wave in ground.waves for name in wave]
-    rows = [row for row in ROWS if ground is DEMO or ANEW not in (row.name, row.beside)]
+    # There is nothing to spare on the embedded pair, and no time on the other to align the base anew.
+    left_out = ["circuit-breakers-sparing"] if ground is DEMO else [ANEW, "vaccine-anew", "t-vaccine-anew"]
+    rows = [row for row in ROWS if row.name not in left_out]
     assert sorted(order) == sorted([*ground.searches, *(row.name for row in rows)])
     for row in rows:
         assert row.name == NONE or order.index(row.beside) < order.index(row.name)
