@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import reach
-from benchmarks.evidence.grounds import Ground
+from benchmarks.evidence.grounds import SEEDS, Ground
 from benchmarks.evidence.rows import NONE, REROUTED, SFT
 from surgery.attacking.curves import broken_at
+from surgery.checkpoint.staging import MANIFEST
 from surgery.evaluate.keeping import FILE as ASSESSMENT
 
 Words = list[str]
@@ -106,6 +107,19 @@ def _evaluate(ground: Ground, model: str, output: str, folder: Path) -> Iterator
     ]  # fmt: skip
 
 
+def _seeds(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
+    """The row's training again at other seeds, each evaluated."""
+    known = json.loads((folder / model / MANIFEST).read_text())
+    for seed in SEEDS:
+        again = f"{output}-{seed}"
+        yield ["surgery", *known["trained"]["command"], "--seed", seed, "-o", again]
+        yield from _evaluate(ground, again, f"{again}-{EVALUATE}", folder)
+
+
+def _reports(output: Path) -> dict[str, Any]:
+    return {seed: _report(output.with_name(f"{output.name}-{seed}-{EVALUATE}"))["metrics"] for seed in SEEDS}
+
+
 def _reach(ground: Ground, model: str, output: str, folder: Path) -> Iterator[Words]:
     """Why a row does what it does: how its edit acts on harmful inputs and on innocent ones."""
     del folder
@@ -179,5 +193,6 @@ COLUMNS: tuple[Column, ...] = (
         (SFT, "lox-aligned-1.5", "lox-base-1.5", "lox-best", "vaccine", *REROUTED),
         on=("real",),
     ),
+    Column("seeds", "The same training at other seeds", _seeds, _reports, ("mlac", "tar"), ("demo",)),
     Column(EVALUATE, "Utility, refusal ablation, trainability", _evaluate, _report),
 )

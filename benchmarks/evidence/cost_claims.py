@@ -1,10 +1,12 @@
 """What the page says of costs, of the aim that has costs in it, and of attacks that are not harmful fine-tuning."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.evidence import judging, searching
+from benchmarks.evidence.columns import EVALUATE
 from benchmarks.evidence.facts import FEW, Facts, Slowdown
+from benchmarks.evidence.grounds import SEEDS
 from benchmarks.evidence.rows import NONE, SFT, Row
 from benchmarks.evidence.sentences import Claim, innocent, less, listed, percent, slow
 
@@ -83,6 +85,36 @@ def _aim(facts: Facts, found: Sequence[tuple[Row, Slowdown]], start: str) -> str
     )
 
 
+_PRICES = ("over_refusal", "perplexity_ratio", "kl")
+
+
+def seeds(facts: Facts) -> str | None:
+    """What the price of a defence is where it is trained at other seeds."""
+    told = []
+    for row in facts.rows():
+        own, others = facts.figures(row.name, EVALUATE), facts.figures(row.name, "seeds")
+        if own is None or others is None:
+            continue
+        refused, ratio, kl = (
+            [metrics[f"stability.{name}"]["value"] for metrics in (own["metrics"], *others.values())]
+            for name in _PRICES
+        )
+        told.append(
+            f"{row.title} over-refusal {_listed(refused, lambda one: f'{100 * one:.0f} %')}, perplexity x "
+            f"{_listed(ratio, lambda one: f'{one:.3f}')}, KL {_listed(kl, lambda one: f'{one:.2g}')}"
+        )
+    if not told:
+        return None
+    return (
+        f"The price of a defence that was trained at seeds {_listed(('0', *SEEDS), str)}, which nothing else on this "
+        f"page is: {'; '.join(told)}."
+    )
+
+
+def _listed(values: Sequence[Any], shown: Callable[[Any], str]) -> str:
+    return f"{', '.join(map(shown, values[:-1]))} and {shown(values[-1])}"
+
+
 def benign(facts: Facts) -> str | None:
     """What innocent fine-tuning does to the refusals."""
     bare = facts.rate(NONE, "benign", "worst_case")
@@ -120,4 +152,4 @@ def _beside(known: Sequence[tuple[Row, Share]], bare: Share, control: Share | No
     return told
 
 
-CLAIMS: tuple[Claim, ...] = (over_refusal, aim, aim_by_openings, benign, ablation)
+CLAIMS: tuple[Claim, ...] = (over_refusal, aim, aim_by_openings, seeds, benign, ablation)

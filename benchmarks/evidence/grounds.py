@@ -10,6 +10,9 @@ from benchmarks.evidence.rows import ANEW, NONE
 Words = Sequence[str]
 
 
+SEEDS = ("1", "2")
+"""At which a defence is trained again, to see how far its figures are those of one seed."""
+
 SEARCH = "search"
 """What the ledger and waves call the sweeps of LoX's settings on the aligned model."""
 

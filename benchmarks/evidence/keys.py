@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.evidence import searching
-from benchmarks.evidence.grounds import GROUNDS, SEARCH, Ground, search_on
+from benchmarks.evidence.grounds import GROUNDS, SEARCH, SEEDS, Ground, search_on
 from benchmarks.evidence.ledger import Ledger, digest_of
 from benchmarks.evidence.rows import CHOSEN, NONE, Row, named
 from surgery import methods
@@ -80,6 +80,7 @@ class Keys:
             "openings": (*ground.attack, *ground.openings),
             "reach": ground.reach,
             "evaluate": ground.evaluate,
+            "seeds": (*SEEDS, *ground.evaluate),
         }
         return list(own.get(column, ()))
 

@@ -239,23 +239,6 @@ def test_a_readme_without_marks_is_refused(ledger, tmp_path, monkeypatch):
         page.check(ledger)
 
 
-def test_what_spares_time_is_in_the_command_and_in_no_key(ledger, tmp_path):
-    keys = Keys(REAL, ledger, "x")
-    bare = dataclasses.replace(REAL, spared={})
-    for column in columns.COLUMNS:
-        assert keys.row(named(LOX), column.name) == Keys(bare, ledger, "x").row(named(LOX), column.name)
-    [command] = columns.COLUMNS[-1].commands(REAL, "m", "m/out", tmp_path)
-    assert "--no-inside" in command
-    assert "--reference-from" not in command
-    kept = tmp_path / NONE / "measured-evaluate-k" / columns.KEPT
-    kept.parent.mkdir(parents=True)
-    kept.touch()
-    [command] = columns.COLUMNS[-1].commands(REAL, "m", "m/out", tmp_path)
-    assert command[command.index("--reference-from") + 1] == f"{NONE}/measured-evaluate-k"
-    [command] = columns.COLUMNS[-1].commands(REAL, REAL.aligned, "m/out", tmp_path)
-    assert "--reference-from" not in command
-
-
 def test_the_loss_of_a_trial_that_ran_on_is_read_where_it_would_have_settled(ledger):
     """Of two looks in a row with all complied with, the later one is the last that counts."""
     points = [[0, 0.0, 2.0, 0.0], [2, 1.0, 0.5, 0.0], [4, 1.0, 0.4, 0.0], [8, 1.0, 0.1, 0.0]]
@@ -276,21 +259,6 @@ def test_the_page_says_so_where_cells_are_of_two_kinds_of_machine(ledger):
         "Cells by the processor they were measured on, whose arithmetic rounds differently: one 1; other 1."
         in (page.page(ledger))
     )
-
-
-def test_an_option_is_replaced_by_its_name():
-    words = ["--kinds", "lora,full", "--seeds", "0", "--steps", "50"]
-    assert columns._replaced(words, {"--kinds": "full", "--seeds": "1,2"}) == [
-        "--kinds", "full", "--seeds", "1,2", "--steps", "50",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("ground", [DEMO, REAL], ids=lambda ground: ground.name)
-@pytest.mark.parametrize("name", ["harmful", "mixed"])
-def test_attacks_that_are_looked_at_until_settled_are_told_to(ground, name, tmp_path):
-    [column] = [one for one in columns.COLUMNS if one.name == name]
-    words = next(column.commands(ground, ground.aligned, "out", tmp_path))
-    assert {"--until-settled", "--no-margin"} <= {*words}
 
 
 @pytest.mark.parametrize("ground", [DEMO, REAL], ids=lambda ground: ground.name)

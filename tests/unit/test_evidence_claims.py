@@ -134,6 +134,20 @@ def test_an_edit_that_is_for_every_request_alike_is_said_to_be(ledger):
     assert "| 2.0e-02 | 4.00 | 0.90 | 0.010 |" in page.page(ledger)
 
 
+def test_the_price_of_the_same_training_at_other_seeds_is_told_beside_its_own(ledger):
+    assert cost_claims.seeds(Facts(ledger, "demo")) is None
+    put(ledger, "mlac", "evaluate", done(evaluated(over_refusal=0.25, perplexity=1.02)))
+    assert cost_claims.seeds(Facts(ledger, "demo")) is None
+    others = {"1": evaluated(over_refusal=0.0)["metrics"], "2": evaluated(perplexity=1.1)["metrics"]}
+    put(ledger, "mlac", "seeds", done(others))
+    told = cost_claims.seeds(Facts(ledger, "demo"))
+    assert "at seeds 0, 1 and 2" in told
+    assert (
+        "MLAC (bounded) over-refusal 25 %, 0 % and 0 %, perplexity x 1.020, 1.000 and 1.100, KL 0.02, 0.02 and 0.02."
+        in told
+    )
+
+
 @pytest.mark.parametrize(("ground", "column"), [(REAL, "openings"), (DEMO, "harmful")])
 def test_what_sparing_innocent_inputs_does_is_told_before_and_after(ledger, ground, column):
     for row, steps, perplexity in ((NONE, 4, 1.0), (REROUTED[0], 16, 1.1), (REROUTED[1], 8, 1.01)):
