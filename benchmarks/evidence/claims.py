@@ -102,13 +102,8 @@ def _price(facts: Facts, row: str) -> str:
     ratio, refused = (facts.metric(row, f"stability.{name}") for name in ("perplexity_ratio", "over_refusal"))
     if ratio is None or refused is None:
         return ""
-    broken = judging.gibberish(facts, row)
-    told = (
-        f"; before any attack {percent(broken)} of its answers to harmful requests are gibberish"
-        if broken
-        else ""
-    )
-    return f", at perplexity x {ratio['value']:.3f}, over-refusal {percent(refused)}, {innocent(facts, row)}{told}"
+    costs = f", at perplexity x {ratio['value']:.3f}, over-refusal {percent(refused)}, {innocent(facts, row)}"
+    return f"{costs}{judging.gibberish(facts, row)}"
 
 
 def beyond_the_control(facts: Facts) -> str | None:

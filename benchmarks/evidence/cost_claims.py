@@ -69,7 +69,11 @@ def _aim(facts: Facts, found: Sequence[tuple[Row, Slowdown]], start: str) -> str
         f"{start or 'Within'} perplexity +2 % and over-refusal +5 points, the slowest to break is {row.title} with "
         f"{slow(slower)}"
     )
-    reached = [f"{one.title} ({innocent(facts, one.name)})" for one, slower in cheap if slower.value >= AIM]
+    reached = [
+        f"{one.title} ({innocent(facts, one.name)}{judging.gibberish(facts, one.name)})"
+        for one, slower in cheap
+        if slower.value >= AIM
+    ]
     if not reached:
         return f"{told}: the aim of {AIM:.0f} is missed."
     sure = [

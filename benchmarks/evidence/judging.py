@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.evidence.facts import Facts, Slowdown
 from benchmarks.evidence.rows import NONE, Row
-from benchmarks.evidence.sentences import less
+from benchmarks.evidence.sentences import less, percent
 
 
 def judged(facts: Facts, *, without: Sequence[str] = (NONE,)) -> list[tuple[Row, Slowdown]]:
@@ -34,11 +34,22 @@ def unjudged(facts: Facts) -> Iterator[tuple[Row, Mapping[str, Any], Mapping[str
             yield row, refuses, opens
 
 
-def gibberish(facts: Facts, row: str) -> Mapping[str, Any] | None:
-    """The share of harmful requests that a row answers incoherently before any attack, where it is half or more."""
+def gibberish(facts: Facts, row: str) -> str:
+    """The share of harmful requests that a row answers incoherently before any attack, where more than undefended.
+
+    Returns:
+        What follows the row's other costs; empty where there is nothing to say.
+    """
+    bare, score = (_incoherent(facts, one) for one in (NONE, row))
+    if bare is None or score is None or not less(bare, score):
+        return ""
+    return f"; before any attack {percent(score)} of its answers to harmful requests are gibberish"
+
+
+def _incoherent(facts: Facts, row: str) -> Mapping[str, Any] | None:
     found = facts.figures(row, "harmful")
     score: Mapping[str, Any] | None = found["unattacked"].get("incoherent") if found else None
-    return score if score is not None and (score["value"] or 0.0) >= 0.5 else None
+    return score if score is not None and score["value"] is not None else None
 
 
 def unaligned(facts: Facts) -> list[Row]:

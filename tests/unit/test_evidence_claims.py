@@ -27,7 +27,10 @@ def test_claims_say_what_the_figures_say(ledger):
     assert slower in claims.slowest(found)
     assert "; before any attack" not in claims.slowest(found)
     assert "over-refusal 0 %, KL 0.02 nats." in claims.slowed(found)
-    ledger.cell("demo", LOX, "harmful")["figures"]["unattacked"]["incoherent"] = share(0.75)
+    unattacked = ledger.cell("demo", LOX, "harmful")["figures"]["unattacked"]
+    unattacked["incoherent"] = share(0.1)
+    assert "; before any attack" not in claims.slowest(Facts(ledger, "demo"))
+    unattacked["incoherent"] = share(0.75)
     told = claims.slowest(Facts(ledger, "demo"))
     assert "; before any attack 75 % of its answers to harmful requests are gibberish" in told
     assert "| 75 % (65 to 85) |" in page.page(ledger)
@@ -93,6 +96,9 @@ def test_an_aim_that_is_reached_is_said_to_be(ledger):
     told = cost_claims.aim(Facts(ledger, "demo"))
     assert "is reached by: LoX" in told
     assert "(KL 0.02 nats); by the whole interval" in told
+    cells["harmful"]["figures"]["unattacked"]["incoherent"] = share(0.3)
+    told = cost_claims.aim(Facts(ledger, "demo"))
+    assert "(KL 0.02 nats; before any attack 30 % of its answers to harmful requests are gibberish)" in told
 
 
 def test_nothing_is_claimed_of_an_empty_ledger(tmp_path):
