@@ -110,8 +110,8 @@ def seeds(facts: Facts) -> str | None:
     if not told:
         return None
     return (
-        f"The price of a defence that was trained at seeds {_listed(('0', *SEEDS), str)}, which nothing else on this "
-        f"page is: {'; '.join(told)}."
+        f"Of these alone the training was done again, at seeds {_listed(SEEDS, str)}; the price at its own and at "
+        f"those: {'; '.join(told)}."
     )
 
 

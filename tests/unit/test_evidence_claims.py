@@ -147,7 +147,7 @@ def test_the_price_of_the_same_training_at_other_seeds_is_told_beside_its_own(le
     others = {"1": evaluated(over_refusal=0.0)["metrics"], "2": evaluated(perplexity=1.1)["metrics"]}
     put(ledger, "mlac", "seeds", done(others))
     told = cost_claims.seeds(Facts(ledger, "demo"))
-    assert "at seeds 0, 1 and 2" in told
+    assert "again, at seeds 1 and 2;" in told
     assert (
         "MLAC (bounded) over-refusal 25 %, 0 % and 0 %, perplexity x 1.020, 1.000 and 1.100, KL 0.02, 0.02 and 0.02."
         in told
