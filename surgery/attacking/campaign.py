@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from surgery import allocator
 from surgery.attacking import curves, trials
 from surgery.attacking.ground import Ground
 from surgery.attacking.settings import Budget, record, taken
@@ -20,6 +21,7 @@ Progress = Callable[[int, int, str], None]
 """Called after each trial with trials done, trials in all, and what came of it in one line."""
 
 
+@allocator.freed_kept()
 def run(
     ground: Ground,
     budget: Budget,

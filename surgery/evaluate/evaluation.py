@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from surgery import allocator
 from surgery.attacking import campaign, ground
 from surgery.attacking.ground import Ground
 from surgery.attacking.settings import Budget
@@ -16,6 +17,7 @@ from surgery.judging.choice import USUAL, Choice
 from surgery.train.sources import Columns
 
 
+@allocator.freed_kept()
 def evaluate(
     model: str | Path,
     *,

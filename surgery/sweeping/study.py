@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
+from surgery import allocator
 from surgery.errors import Interrupted, SurgeryError
 from surgery.scores import Censored, Score, from_document
 
@@ -101,6 +102,7 @@ class Measured:
         return {"params": dict(self.params), **_result(self.scores, self.figures), **failed}
 
 
+@allocator.freed_kept()
 def run(
     study: Study,
     planned: Sequence[_P],

@@ -9,6 +9,7 @@ import torch
 from annotated_doc import Doc
 from torch import Tensor, nn
 
+from surgery import allocator
 from surgery.attacking import ground
 from surgery.attacking.ground import Ground
 from surgery.attacking.settings import Budget
@@ -52,6 +53,7 @@ class Terrain:
         return numbers(self.x, "x", "-1:2:0.5"), numbers(self.y, "y", "0:0.6:0.15")
 
 
+@allocator.freed_kept()
 def draw(
     base: str | Path,
     aligned: str | Path,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from surgery import resources, workers
+from surgery import allocator, resources, workers
 from surgery.checkpoint.layout import Checkpoint
 from surgery.checkpoint.quantised import refuse_quantised
 from surgery.checkpoint.staging import MANIFEST, Staging, fsync_folder, refuse_existing
@@ -245,6 +245,7 @@ class _Job:
         overwrite = self.options.overwrite
         return stack.enter_context(Staging(self.kept, fingerprint, overwrite=overwrite))
 
+    @allocator.freed_kept()
     def _train(self, staging: Staging, progress: Progress | None) -> dict[str, Any]:
         """Train, and put what it came to into the work folder: `history`, and `spared` where something was."""
         leads, label = self.crew.rank == 0, self.source.label

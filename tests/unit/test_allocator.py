@@ -1,4 +1,4 @@
-"""What was freed is no longer the process's; measured in interpreters of their own."""
+"""What was freed is no longer the process's, or is its next tensor; measured in interpreters of their own."""
 
 import ctypes
 import os
@@ -27,29 +27,113 @@ del blocks
 print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon:")))
 """
 
+# Pages touched for the first time while tensors are made and dropped, once what is kept is there; and what of the
+# process's memory is left at the end of the block.
+ROUNDS = 50
+STEPS = f"""
+import resource, sys, torch
+from contextlib import nullcontext
+from surgery import allocator
+
+def held():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon:"))
+
+def step():
+    # Freed in the order in which a backward pass does, the last first, and in another.
+    tensors = [torch.ones({SIZE}, dtype=torch.uint8) for _ in range(8)]
+    while tensors:
+        tensors.pop(len(tensors) // 2)
+
+if "returned" in sys.argv:
+    assert allocator.return_freed()
+step()
+before = held()
+with allocator.freed_kept() if "kept" in sys.argv else nullcontext():
+    step()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range({ROUNDS}):
+        step()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    kept = held() - before
+print(faults, kept, held() - before)
+"""
+
 glibc = pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library, which keeps to its own ways"
 )
 
 
-def held(switch):
+def told(script, *switches):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    command = [sys.executable, "-c", HOLES, switch]
+    command = [sys.executable, "-c", script, *switches]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True, env=kept)
-    return int(done.stdout)
+    return [int(word) for word in done.stdout.split()]
 
 
 @glibc
 def test_freed_tensors_leave_the_process_although_small_ones_between_them_stay():
-    assert held("off") - held("on") > 0.9 * COUNT * SIZE
+    assert told(HOLES, "off")[0] - told(HOLES, "on")[0] > 0.9 * COUNT * SIZE
+
+
+@glibc
+def test_in_a_block_that_keeps_them_freed_tensors_are_the_next_ones_and_go_back_at_its_end():
+    faults, kept, left = told(STEPS, "returned", "kept")
+    control, *_ = told(STEPS, "returned")
+    assert control > ROUNDS * 8
+    assert faults < control / 20
+    assert kept > 7 * SIZE
+    assert left < SIZE
+
+
+class Library:
+    def __init__(self):
+        self.calls = []
+
+    def mallopt(self, what, value):
+        self.calls.append((what, value))
+        return 1
+
+    def malloc_trim(self, pad):
+        self.calls.append("trimmed")
+
+
+@pytest.fixture
+def library(monkeypatch):
+    found = Library()
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: found)
+    monkeypatch.setattr(allocator, "_returning", False)
+    return found
+
+
+def test_a_program_that_did_not_ask_is_left_alone(library):
+    with allocator.freed_kept():
+        pass
+    assert library.calls == []
+
+
+def test_a_block_within_another_ends_with_it_also_where_it_fails(library):
+    allocator.return_freed()
+    with pytest.raises(ValueError, match="within"), allocator.freed_kept():
+        with allocator.freed_kept():
+            inside = list(library.calls)
+        assert library.calls == inside
+        raise ValueError("within")
+    returned = (-3, allocator.LARGE)
+    assert library.calls[0] == returned
+    assert library.calls[1:3] == [(-3, allocator.KEPT), (-1, 2 * allocator.KEPT)]
+    assert library.calls[3] == returned
+    assert library.calls[-1] == "trimmed"
 
 
 def test_what_the_user_set_for_the_c_library_stands(monkeypatch):
+    monkeypatch.setattr(allocator, "_returning", False)
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     assert not allocator.return_freed()
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    monkeypatch.setattr(allocator, "_returning", False)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert not allocator.return_freed()
