@@ -114,7 +114,8 @@ class Keys:
 
     def _training(self, row: Row) -> Iterator[str]:
         """Options of a trained row on this ground, its data among them."""
-        needs = _trained(row.method).data
+        # As it is by default: TAR has aligned rows for preferences alone.
+        needs = _trained(row.method)().sets()
         for name in _SETS:
             if name in needs and name in self.ground.data:
                 yield from (f"--{name}-data", self.ground.data[name])
