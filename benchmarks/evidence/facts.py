@@ -9,10 +9,10 @@ from typing import Any
 from scipy.stats import t as student
 
 from benchmarks.evidence import keys, searching
-from benchmarks.evidence.grounds import GROUNDS, SEARCH
+from benchmarks.evidence.grounds import GROUNDS, SEARCH, search_on
 from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
-from benchmarks.evidence.rows import NONE, ROWS, SFT, Row, named
+from benchmarks.evidence.rows import CHOSEN, NONE, ROWS, SFT, Row, named
 
 FEW = 3
 """Settings below which no interval is told, and nothing called slower or faster."""
@@ -90,6 +90,17 @@ class Facts:
         """Every row of the ground, measured or not."""
         here = {name for wave in self.ground.waves for name in wave}
         return [row for row in ROWS if row.name in here]
+
+    def nothing_chosen(self, row: Row) -> str | None:
+        """Why the search that was to choose a row's options chose none; None where it did, or is not all run."""
+        name = search_on(row.on or NONE)
+        if row.options != (CHOSEN,) or len(self.known[name]) < len(self.ground.searches[name].sweeps):
+            return None
+        try:
+            searching.best(self.trials(name))
+        except searching.NothingChosenError as error:
+            return str(error)
+        return None
 
     def cell(self, row: str, column: str) -> dict[str, Any] | None:
         """A cell, finished or failed."""

@@ -20,6 +20,7 @@ PAGE, README = ROOT / "docs" / "evidence.md", ROOT / "README.md"
 BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
 
 _ABSENT = "*not run*"
+_UNMADE = "*not made*"
 _FAILED = "*failed*"
 
 _HEAD = """# What held, what did not
@@ -171,16 +172,19 @@ def _covered(name: str, facts: Facts) -> list[Row]:
 
 
 def _table(columns: Sequence[tuple[str, Cell]], facts: Facts, rows: Sequence[Row] = ()) -> str:
-    """A line for each row, and one for all those of which nothing was run."""
+    """A line for each row, and one for all those of which nothing was run, or for which nothing was chosen."""
     lines = ["| | " + " | ".join(title for title, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    absent = []
+    absent: dict[str, list[str]] = {_ABSENT: [], _UNMADE: []}
     for row in rows or facts.rows():
         cells = [cell(facts, row) for _, cell in columns]
-        if set(cells) == {_ABSENT}:
-            absent.append(row.title)
+        if len(set(cells)) == 1 and cells[0] in absent:
+            reason = facts.nothing_chosen(row)
+            absent[cells[0]].append(row.title + (f" ({reason})" if reason else ""))
         else:
             lines.append(f"| {row.title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + (f"\n\n{_ABSENT}: {'; '.join(absent)}." if absent else "")
+    return "\n".join(lines) + "".join(
+        f"\n\n{state}: {'; '.join(titles)}." for state, titles in absent.items() if titles
+    )
 
 
 def _percent(score: dict[str, Any] | None) -> str:
@@ -200,6 +204,8 @@ def _number(score: dict[str, Any] | None, digits: int, style: str = "f") -> str:
 
 def _state(facts: Facts, row: Row, column: str) -> str | None:
     """What stands in place of a figure that is not there; None where it is."""
+    if facts.nothing_chosen(row):
+        return _UNMADE
     made = facts.cell(row.name, BUILD)
     cell = facts.cell(row.name, column)
     if (made is not None and made["state"] == "failed") or (cell is not None and cell["state"] == "failed"):
@@ -342,9 +348,8 @@ def _search(facts: Facts, name: str) -> Iterator[str]:
     ]
     for trial in sorted(shown, key=searching.steps):
         scores = trial["scores"]
-        broken = scores["resistance.steps_to_break"]
         lines.append(
-            f"| {searching.setting(trial)} | {broken['value'] or 'over ' + str(broken['censored_at'])} | "
+            f"| {searching.setting(trial)} | {searching.broken(trial)} | "
             f"{_number(scores['resistance.harmful_loss'], 3)} | {_number(scores['stability.perplexity_ratio'], 3)} | "
             f"{_percent(scores['stability.over_refusal'])} |"
         )

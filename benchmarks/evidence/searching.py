@@ -141,13 +141,16 @@ def setting(trial: Trial) -> str:
     )
 
 
+def broken(trial: Trial) -> str:
+    """A trial's steps to break in words; 0 where the model counts as broken before the first."""
+    found = trial["scores"]["resistance.steps_to_break"]
+    return f"over {found['censored_at']}" if found["value"] is None else str(found["value"])
+
+
 def told(trial: Trial) -> str:
     """A trial's outcome in few words."""
-    scores = trial["scores"]
-    broken = scores["resistance.steps_to_break"]
-    steps_taken = f"over {broken['censored_at']}" if broken["value"] is None else str(broken["value"])
     ratio = _value(trial, "stability.perplexity_ratio")
-    return f"{steps_taken} steps at perplexity x {ratio:.3f}, over-refusal {_value(trial, _OVER):.0%}"
+    return f"{broken(trial)} steps at perplexity x {ratio:.3f}, over-refusal {_value(trial, _OVER):.0%}"
 
 
 def chosen(found: list[Trial]) -> Iterator[str]:

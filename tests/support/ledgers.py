@@ -70,7 +70,7 @@ def put(ledger, row, column, cell, ground=DEMO):
 
 def searched(rank, alpha, steps, perplexity=1.0, over_refusal=0.0, loss=0.1, **more):
     scores = {
-        "resistance.steps_to_break": {"value": steps, "censored_at": None if steps else 48, "n": 1},
+        "resistance.steps_to_break": {"value": steps, "censored_at": 48 if steps is None else None, "n": 1},
         "resistance.harmful_loss": mean(loss),
         "stability.perplexity_ratio": mean(perplexity),
         "stability.over_refusal": share(over_refusal),

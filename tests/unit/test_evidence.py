@@ -15,8 +15,10 @@ from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH
 from benchmarks.evidence.keys import BUILD, Keys
 from benchmarks.evidence.ledger import Ledger, dumped
-from benchmarks.evidence.rows import ANEW, NONE, ROWS, named
+from benchmarks.evidence.rows import ANEW, NONE, ROWS, SFT, named
+from surgery import methods
 from surgery.methods.vaccine import Vaccine
+from surgery.train import data
 
 # Columns with a table of their own.
 OPTIONAL = ("mixed", "openings", "reach")
@@ -285,6 +287,14 @@ def test_keys_change_with_what_a_cell_depends_on(ledger, monkeypatch):
     monkeypatch.setitem(Vaccine.presets["small"], "lr", 0.5)
     assert keys.row(row, "harmful") != before  # by what it starts from
     assert keys.row(named(LOX), "harmful") == ledger.cell("demo", LOX, "harmful")["key"]
+
+
+@pytest.mark.parametrize("row", [name for name in REAL.training if name != SFT])
+def test_a_trained_row_gets_the_data_that_its_method_uses_and_no_other(ledger, row):
+    words = [*Keys(REAL, ledger, "x").words(named(row))]
+    given = {name: REAL.data[name] for name in REAL.data if f"--{name}-data" in words}
+    method = methods.get(named(row).method)
+    assert set(data.choose(method(), "aligned", given)) == set(given)
 
 
 def test_a_cell_of_another_study_counts_as_not_run(ledger):

@@ -8,8 +8,9 @@ from ledgers import done, filled, put, searched
 
 from benchmarks.evidence import page, search_claims, searching
 from benchmarks.evidence.facts import Facts
-from benchmarks.evidence.grounds import DEMO, REAL, SEARCH, Search, search_of
+from benchmarks.evidence.grounds import DEMO, REAL, SEARCH, Search, search_of, search_on
 from benchmarks.evidence.keys import Keys
+from benchmarks.evidence.rows import named
 
 TRIALS = [
     searched(6, 0.0, 6),
@@ -41,6 +42,21 @@ def test_the_front_has_what_nothing_beats():
     assert TRIALS[2]["params"] in kept
     assert TRIALS[1]["params"] not in kept
     assert TRIALS[0]["params"] not in kept
+
+
+def test_a_row_for_which_a_whole_search_chose_nothing_says_so(ledger):
+    name = search_on("circuit-breakers")
+    title = named("circuit-breakers+lox-best").title
+    put(ledger, name, "search-0", done({"judge": "x", "trials": [searched(6, 0.5, 3, perplexity=1.5)]}))
+    assert "*not made*" not in page.page(ledger)
+    put(ledger, name, "search-1", done({"judge": "x", "trials": [searched(6, 0.0, 0)]}))
+    told = page.page(ledger).partition(f"## {REAL.title}")[0].splitlines()
+    assert f"*not made*: {title} (no setting of the search keeps to the bounds)." in told
+    assert not any(line.startswith("*not run*") and title in line for line in told)
+    assert any(line.startswith("| unedited | 0 |") for line in told)
+    affordable = {"judge": "x", "trials": [searched(6, 0.0, 0), searched(6, 0.1, 3)]}
+    put(ledger, name, "search-1", done(affordable))
+    assert "*not made*" not in page.page(ledger)
 
 
 def test_a_setting_is_found_by_its_parameters_and_no_others():
