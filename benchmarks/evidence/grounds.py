@@ -22,10 +22,6 @@ def search_on(row: str) -> str:
     return SEARCH if row == NONE else f"{SEARCH}-{row}"
 
 
-SEARCH_OPENINGS = f"{SEARCH}-openings"
-"""What the sweeps of LoX's settings are called there whose attack is judged by how answers open."""
-
-
 def search_of(method: str) -> str:
     """What the sweeps of a trained method's settings are called there."""
     return f"{SEARCH}-of-{method}"
@@ -268,17 +264,8 @@ REAL = Ground(
         "base-rising": _base("tapered", "--weights", "0:2"),
     },
     searches={
+        # By openings: refusals are gone after 8 steps whatever the setting.
         SEARCH: Search((
-            ("--rank", "6", "--alpha", "0"),
-            ("--rank", "6", "--alpha", "1.25,2", "--set", "depth=0:0.5"),
-            ("--rank", "6", "--alpha", "1.25"),
-            ("--rank", "6", "--alpha", "2"),
-            ("--rank", "6", "--alpha", "3", "--set", "depth=0:0.5"),
-            ("--rank", "6", "--alpha", "2", "--set", "depth=0.5:1,0:0.75"),
-            ("--rank", "6", "--alpha", "2", "--set", "include=embed,self_attn,mlp"),
-            ("--rank", "1,24", "--alpha", "2"),
-        )),
-        SEARCH_OPENINGS: Search((
             ("--rank", "6", "--alpha", "0"),
             ("--rank", "6", "--alpha", "1.5"),
             ("--rank", "6", "--alpha", "1.5,2,3", "--set", "exclude=embed"),
@@ -306,7 +293,7 @@ REAL = Ground(
     ),
     waves=(
         (NONE, "lox-aligned-1.5"),
-        (SEARCH, SEARCH_OPENINGS),
+        (SEARCH,),
         ("lox-best", "sft", "lox-base-1.5", "lox-aligned-1.25", "lox-base-1.25"),
         ("circuit-breakers", "circuit-breakers-sparing", "vaccine", *_COMBINED),
         (search_on("circuit-breakers"),),

@@ -2,14 +2,13 @@
 
 from benchmarks.evidence import searching
 from benchmarks.evidence.facts import Facts
-from benchmarks.evidence.grounds import SEARCH_OPENINGS
 from benchmarks.evidence.rows import named
 from benchmarks.evidence.sentences import Claim, items, listed
 
 
 def places(facts: Facts) -> str | None:
     """Where in the model LoX does what it does, by the search's short attack."""
-    alone = {_place(trial): trial for trial in facts.searched if _place(trial)}
+    alone = [trial for trial in facts.searched if _place(trial)]
     if not alone or not searching.has_unedited(facts.searched):
         return None
     bare = searching.unedited(facts.searched)
@@ -19,8 +18,8 @@ def places(facts: Facts) -> str | None:
             "it tells none apart, and the best of the search is the one with the highest harmful loss among those "
             "within the bounds."
         )
-    parts = [f"{place}: {searching.told(trial)}" for place, trial in alone.items()]
-    sooner = [place for place, trial in alone.items() if searching.steps(trial) < searching.steps(bare)]
+    parts = [f"{searching.setting(trial)}: {searching.told(trial)}" for trial in alone]
+    sooner = [_place(trial) for trial in alone if searching.steps(trial) < searching.steps(bare)]
     return (
         f"With LoX on one part alone, broken sooner than unedited ({searching.told(bare)}): {listed(sooner)}. By the "
         f"search's short attack:{items(parts)}"
@@ -57,7 +56,7 @@ def depth(facts: Facts) -> str | None:
 
 def other_deltas(facts: Facts) -> str | None:
     """What LoX does where another delta takes the place of `aligned - base`, by the search that has such bases."""
-    found = facts.trials(SEARCH_OPENINGS) if SEARCH_OPENINGS in facts.ground.searches else []
+    found = facts.searched
     others = [trial for trial in found if "base" in trial["params"]]
     plain = [trial for trial in found if trial not in others]
     if not others or not plain:
@@ -74,7 +73,7 @@ def other_deltas(facts: Facts) -> str | None:
     told = [f"{searching.setting(trial)}: {searching.told(trial)}" for trial in others]
     return (
         "Another delta in place of `aligned - base`, beside LoX as it is, by the "
-        f"search by openings (unedited: {searching.told(searching.unedited(plain))}; the slowest of LoX within the "
+        f"search (unedited: {searching.told(searching.unedited(plain))}; the slowest of LoX within the "
         f"bounds: {searching.setting(usual)}, {searching.told(usual)}). Slower within the bounds: {listed(later)}. "
         f"All of them:{items(told)}"
     )

@@ -69,12 +69,16 @@ def affordable(found: list[Trial]) -> list[Trial]:
 
 
 def best(found: list[Trial]) -> Trial:
-    """The affordable edit that breaks last; of equals the one with the highest harmful loss after the attack.
+    """The affordable edit of LoX as it is that breaks last; of equals the one with the highest harmful loss after it.
 
     Raises:
         NothingChosenError: There is none.
     """
-    able = [trial for trial in affordable(found) if trial["params"]["alpha"] != 0]
+    able = [
+        trial
+        for trial in affordable(found)
+        if trial["params"]["alpha"] != 0 and "base" not in trial["params"]
+    ]
     if not able:
         raise NothingChosenError("no setting of the search keeps to the bounds")
     return max(able, key=lambda trial: (steps(trial), _value(trial, "resistance.harmful_loss")))

@@ -7,7 +7,7 @@ from ledgers import LOX, done, evaluated, filled, harmful, mean, put, searched, 
 
 from benchmarks.evidence import claims, cost_claims, page, plot, search_claims, sentences
 from benchmarks.evidence.facts import Facts
-from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH, SEARCH_OPENINGS
+from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH
 from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.rows import ANEW, NONE, REROUTED, SFT, named
@@ -116,9 +116,9 @@ def test_other_deltas_are_held_against_the_slowest_of_lox_as_it_is(ledger):
         searched(6, 8.0, 40, perplexity=1.1, base="cleaned"),
         searched(6, 2.0, 12, base="falling"),
     ]
-    put(ledger, SEARCH_OPENINGS, "search-0", done({"judge": "x", "trials": plain}), REAL)
+    put(ledger, SEARCH, "search-0", done({"judge": "x", "trials": plain}), REAL)
     assert search_claims.other_deltas(Facts(ledger, "real")) is None
-    put(ledger, SEARCH_OPENINGS, "search-1", done({"judge": "x", "trials": others}), REAL)
+    put(ledger, SEARCH, "search-1", done({"judge": "x", "trials": others}), REAL)
     told = search_claims.other_deltas(Facts(ledger, "real"))
     assert "the slowest of LoX within the bounds: rank 6, alpha 1.5, 12 steps" in told
     assert "Slower within the bounds: rank 6, alpha 4.0, base cleaned. All of them:\n  * " in told
