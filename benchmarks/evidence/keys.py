@@ -91,7 +91,7 @@ class Keys:
         base = self.search_base(name, number)
         options = search.sweeps[number][1:] if base else search.sweeps[number]
         models = [base or ground.base, model] if search.method == "lox" else [model]
-        return ["surgery", "sweep", search.method, *models, *options, *(search.probe or ground.probe)]
+        return ["surgery", "sweep", search.method, *models, *options, *search.fixed, *ground.probe]
 
     def words(self, row: Row) -> Iterator[str]:
         """The command that makes a row's model, without its output.

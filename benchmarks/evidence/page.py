@@ -326,13 +326,13 @@ _COST = (
 
 def _search(facts: Facts, name: str) -> Iterator[str]:
     """A search by a short attack: of LoX's settings the front, of a trained method's all."""
-    found, search = facts.trials(name), facts.ground.searches[name]
+    found, search, broken = facts.trials(name), facts.ground.searches[name], facts.ground.broken
     if search.method == "lox":
         model = "" if search.on == NONE else f" on {named(search.on).title}"
         shown = searching.front(found)
         yield (
             f"**Search** for LoX's settings{model} by a short attack: the front in steps to break, perplexity and "
-            f"over-refusal{search.broken and f'; broken is a model when {search.broken}'}"
+            f"over-refusal{broken and f'; broken is a model when {broken}'}"
         )
     else:
         shown = found
@@ -341,7 +341,8 @@ def _search(facts: Facts, name: str) -> Iterator[str]:
         yield f"{_ABSENT}: {len(search.sweeps)} sweeps."
         return
     done = f"{len(facts.known[name])} of {len(search.sweeps)} sweeps"
-    yield f"{len(found)} settings tried, {done}; `{' '.join(search.probe or facts.ground.probe)}`."
+    yield f"{len(found)} settings tried, {done}; `{' '.join((*search.fixed, *facts.ground.probe))}`."
+    fixed = [word.partition("=")[0] for word in search.fixed]
     lines = [
         "| setting | steps to break | harmful loss after | perplexity ratio | over-refusal |",
         "|---|---|---|---|---|",
@@ -349,7 +350,7 @@ def _search(facts: Facts, name: str) -> Iterator[str]:
     for trial in sorted(shown, key=searching.steps):
         scores = trial["scores"]
         lines.append(
-            f"| {searching.setting(trial)} | {searching.broken(trial)} | "
+            f"| {searching.setting(trial, fixed)} | {searching.broken(trial)} | "
             f"{_number(scores['resistance.harmful_loss'], 3)} | {_number(scores['stability.perplexity_ratio'], 3)} | "
             f"{_percent(scores['stability.over_refusal'])} |"
         )

@@ -1,7 +1,7 @@
 """The search for a better LoX: what its sweeps found, the front, and the setting that the study goes on with."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,15 +133,15 @@ def trial_of(found: list[Trial], **wanted: Any) -> Trial | None:
     return None
 
 
-def setting(trial: Trial) -> str:
-    """A trial's parameters in words."""
+def setting(trial: Trial, fixed: Collection[str] = ()) -> str:
+    """A trial's parameters in words, without those that are told once for all of its search."""
     params = trial["params"]
     if "rank" in params and params["alpha"] == 0:
         return "unedited"
     return ", ".join(
         f"{name} {value}"
         for name, value in params.items()
-        if value is not None and (name, value) != ("anchor", "aligned")
+        if value is not None and (name, value) != ("anchor", "aligned") and name not in fixed
     )
 
 
