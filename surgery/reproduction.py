@@ -208,9 +208,8 @@ def _planned(published: _Published, output: Path, inputs: Mapping[str, str | Pat
         raise UsageError(
             f"{published.source.label} has no input {unknown[0]!r}; it has {', '.join(manifest['inputs'])}"
         )
-    kept = published.folder.with_name(published.folder.name + "-adapter")
-    if manifest.get("trained") and "adapter" not in given and kept.is_dir():
-        given["adapter"] = kept
+    if kept := verification.kept_adapter(published.folder, manifest):
+        given.setdefault("adapter", kept)
     given = {role: _as_called(source, role, manifest, stack) for role, source in given.items()}
     try:
         return verification.repeated(published.folder, manifest, output=output, given=given)

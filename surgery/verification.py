@@ -19,8 +19,8 @@ from surgery.job import Job, prepare
 from surgery.merging import prepare as prepare_merge
 from surgery.options import Options
 
-# The role of the checkpoint that adapters were merged into.
-_ROLE = "model"
+# The roles of the checkpoint that adapters were merged into, and of the one that training came to.
+_ROLE, _ADAPTER = "model", "adapter"
 _NOT_COMPARED = "copied tensors were not compared with their source"
 
 NOT_GIVEN: Mapping[str, str | Path] = MappingProxyType({})
@@ -137,15 +137,30 @@ def check_named(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 def _sources(
     folder: Path, manifest: Mapping[str, Any], given: Mapping[str, str | Path] = NOT_GIVEN
 ) -> dict[str, str | Path]:
-    """Where each input can be had: where it is said to lie, a pinned repository, the pair, the run's own folder."""
+    """Where each input can be had: as given, kept beside the output, pinned, embedded, or where the run had it."""
     sources = account(folder).get("sources")
     known = sources if isinstance(sources, dict) else {}
     found: dict[str, str | Path] = {}
+    kept = {_ADAPTER: beside} if (beside := kept_adapter(folder, manifest)) else {}
     for role, entry in manifest["inputs"].items():
         pinned = f"hf://{entry['repository']}@{entry['commit']}" if entry["repository"] else None
         embedded = entry["source"] if entry["source"].startswith("demo:") else None
-        found[role] = given.get(role) or pinned or embedded or known.get(role, entry["source"])
-    return found
+        found[role] = kept.get(role) or pinned or embedded or known.get(role, entry["source"])
+    return found | dict(given)
+
+
+def kept_adapter(folder: Path, manifest: Mapping[str, Any]) -> Path | None:
+    """The adapter that training left beside its output, where it was kept."""
+    beside = folder.with_name(f"{folder.name}-{_ADAPTER}")
+    return beside if manifest.get("trained") and beside.is_dir() else None
+
+
+def _require_kept(adapter: str | Path) -> None:
+    """Refuse where training left nothing that the edit could be made from again."""
+    if not str(adapter).startswith("hf://") and not Path(adapter).is_dir():
+        raise InputError(
+            "the adapter that its training came to was not kept; the same command with --keep-adapter keeps it"
+        )
 
 
 def account(folder: Path) -> dict[str, Any]:
@@ -194,6 +209,8 @@ def repeated(
         AccessError: The Hub, the network or the rights do not allow it.
     """
     sources = _sources(folder, manifest, given)
+    if manifest.get("trained") and _ADAPTER not in given:
+        _require_kept(sources.get(_ADAPTER, folder))
     try:
         job = _planned(manifest, sources, output or folder.with_name(".verify"), manifest.get("trained"))
     except (KeyError, TypeError) as error:

@@ -9,7 +9,10 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.checkpoint.reader import file_sha256
 from surgery.errors import CheckError, InputError
+from surgery.methods.vaccine import Vaccine
 from surgery.testing import tiny_pair
+from surgery.train.running import immunise
+from surgery.train.training import Training
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -118,3 +121,20 @@ def test_a_manifest_that_cannot_be_read_is_an_input_error(output, content):
     (output / "surgery.json").write_text(content)
     with pytest.raises(InputError, match=r"surgery\.json"):
         surgery.verify(output)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_trained_model_is_checked_by_the_adapter_kept_beside_it(tmp_path, full):
+    training = Training(steps=1, batch_size=2, keep_adapter=True, full=full)
+    immunise(Vaccine(), model="demo:aligned", output=tmp_path / "out", training=training)
+    found = surgery.verify(tmp_path / "out", recompute=True, strict=True)
+    assert (found.recomputed, found.notes) == ("identical", ())
+    (tmp_path / "out-adapter").rename(tmp_path / "elsewhere")
+    left = surgery.verify(tmp_path / "out")
+    assert left.copied == found.copied
+    assert left.notes == (
+        "the edit cannot be repeated: the adapter that its training came to was not kept; the same command with "
+        "--keep-adapter keeps it",
+    )
+    with pytest.raises(InputError, match="was not kept"):
+        surgery.verify(tmp_path / "out", recompute=True)
