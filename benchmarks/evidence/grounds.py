@@ -202,11 +202,12 @@ _ONE_SWEEP = ("--seeds", "0", "--steps", "50", "--batch-size", "2", "--every", "
 _USUAL = ("--steps", "60", *_STEP, "--lr", "5e-4", *_ADAPTER)
 
 
-def _trained(steps: str, *fields: str) -> Words:
-    """Options of a sweep that trains as the rows do: those of `_USUAL` as fields, and the method's own."""
-    usual = ("batch_size=8", "max_length=64", "lora_rank=8", "lora_alpha=16", "lora_dropout=0")
-    sets = ("--train-harmful-data", "data/harmful.jsonl", "--train-retain-data", "data/retain.jsonl")
-    return (*sets, "--preset", "paper", *(w for one in (steps, *usual, *fields) for w in ("--set", one)))
+def _as_fields(*options: str) -> Words:
+    """Options of training as a sweep has them, with the data of methods of harmful and retain rows."""
+    named = zip(options[::2], options[1::2], strict=True)
+    fields = [f"{name.removeprefix('--').replace('-', '_')}={value}" for name, value in named]
+    data = ("--train-harmful-data", "data/harmful.jsonl", "--train-retain-data", "data/retain.jsonl")
+    return (*data, "--preset", "paper", *(word for field in fields for word in ("--set", field)))
 
 
 REAL = Ground(
@@ -292,11 +293,11 @@ REAL = Ground(
         ), on="circuit-breakers"),
         search_of("condition-number"): Search(
             (("--set", "lam_well=2"), ("--set", "lam_well=20")), "condition-number",
-            fixed=_trained("steps=60", "lr=5e-4"),
+            fixed=_as_fields("--steps", "60", *_STEP, *_ADAPTER, "--lr", "5e-4"),
         ),
         search_of("tar"): Search(
             (("--set", "lr=1e-4"),), "tar",
-            fixed=_trained("steps=20", "inner_steps=8", "adversary_lr=5e-4"),
+            fixed=_as_fields("--steps", "20", *_STEP, *_ADAPTER, "--inner-steps", "8", "--adversary-lr", "5e-4"),
         ),
     },
     # By openings: refusals are gone after 8 steps whatever the setting.

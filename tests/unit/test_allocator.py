@@ -8,6 +8,10 @@ import sys
 import pytest
 
 from surgery import allocator
+from surgery.attacking import campaign
+from surgery.evaluate import evaluation
+from surgery.sweeping import study, terrain
+from surgery.train import running
 
 COUNT, SIZE = 60, 2 << 20
 # Blocks of 2 MiB, freed while small ones between them stay. Freeing a block of 30 MiB first makes glibc raise its
@@ -137,3 +141,14 @@ def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(allocator, "_returning", False)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert not allocator.return_freed()
+
+
+@pytest.mark.parametrize(
+    "computes", [campaign.run, evaluation.evaluate, running._Job._train, study.run, terrain.draw]
+)
+def test_what_computes_with_a_model_keeps_what_it_frees(library, computes):
+    allocator.return_freed()
+    with pytest.raises(TypeError):
+        computes()
+    assert (-3, allocator.KEPT) in library.calls
+    assert library.calls[-1] == "trimmed"
