@@ -10,8 +10,10 @@ import pytest
 from surgery import allocator
 from surgery.attacking import campaign
 from surgery.evaluate import evaluation
+from surgery.methods.vaccine import Vaccine
 from surgery.sweeping import study, terrain
-from surgery.train import running
+from surgery.train.running import immunise
+from surgery.train.training import Training
 
 COUNT, SIZE = 60, 2 << 20
 # Blocks of 2 MiB, freed while small ones between them stay. Freeing a block of 30 MiB first makes glibc raise its
@@ -143,12 +145,18 @@ def test_another_c_library_is_left_alone(monkeypatch):
     assert not allocator.return_freed()
 
 
-@pytest.mark.parametrize(
-    "computes", [campaign.run, evaluation.evaluate, running._Job._train, study.run, terrain.draw]
-)
+@pytest.mark.parametrize("computes", [campaign.run, evaluation.evaluate, study.run, terrain.draw])
 def test_what_computes_with_a_model_keeps_what_it_frees(library, computes):
     allocator.return_freed()
     with pytest.raises(TypeError):
         computes()
     assert (-3, allocator.KEPT) in library.calls
     assert library.calls[-1] == "trimmed"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_training_keeps_what_it_frees_but_where_all_weights_are_trained(library, tmp_path, full):
+    allocator.return_freed()
+    training = Training(steps=1, batch_size=1, full=full)
+    immunise(Vaccine(), model="demo:aligned", output=tmp_path / "out", training=training)
+    assert ((-3, allocator.KEPT) in library.calls) is not full
