@@ -292,7 +292,14 @@ REAL = Ground(
             ("--rank", "6", "--alpha", "0.1,0.25,0.5", "--set", "depth=0:0.5"),
         ), on="circuit-breakers"),
         search_of("condition-number"): Search(
-            (("--set", "lam_well=2"), ("--set", "lam_well=20")), "condition-number",
+            (
+                ("--set", "lam_well=2"),
+                ("--set", "lam_well=20"),
+                ("--set", "lam_well=0.5"),
+                ("--set", "lam_well=0.5", "--set", "lam_ill=0"),
+                ("--set", "lam_well=2", "--set", "spare=0.9"),
+                ("--set", "lam_well=0.5", "--set", "lam_ill=2"),
+            ), "condition-number",
             fixed=_as_fields("--steps", "60", *_STEP, *_ADAPTER, "--lr", "5e-4"),
         ),
         search_of("tar"): Search(
