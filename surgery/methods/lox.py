@@ -139,6 +139,7 @@ class LoX(WeightEdit):
 
         Raises:
             InputError: The config does not tell how many layers there are.
+            UsageError: `depth` is so narrow that no layer lies in it.
         """
         share, layer = self._depth_share(), layer_of(name)
         if share is None or layer is None:
@@ -148,7 +149,12 @@ class LoX(WeightEdit):
             raise InputError(
                 "config.json does not tell the number of layers; give --layers in place of --depth"
             )
-        return share[0] <= (layer + 0.5) / count < share[1]
+        inside = [number for number in range(count) if share[0] <= (number + 0.5) / count < share[1]]
+        if not inside:
+            raise UsageError(
+                f"depth {self.depth} has the middle of none of the {count} layers in it; widen it"
+            )
+        return layer in inside
 
     def choose(self, tensor: TensorInfo, config: Mapping[str, Any]) -> Choice:
         """Whether this tensor is edited, and why."""

@@ -111,6 +111,12 @@ def test_the_number_of_layers_is_read_from_any_config(config):
     assert chosen("0:0.5", 4, **config) == [0, 1]
 
 
+@pytest.mark.parametrize(("depth", "count"), [("0.9:0.91", 4), ("0:0.01", 30), ("0.6:1", 1)])
+def test_a_depth_without_a_layer_in_it_is_refused(depth, count):
+    with pytest.raises(UsageError, match=f"depth {depth} has the middle of none of the {count} layers"):
+        chosen(depth, count)
+
+
 def test_depth_leaves_what_is_in_no_layer_to_the_other_options():
     config = {"num_hidden_layers": 4}
     assert LoX(depth="0:0.5").choose(info("model.embed_tokens.weight"), config).edit
