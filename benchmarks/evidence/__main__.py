@@ -65,21 +65,19 @@ def main() -> int:
         return page.check(Ledger(options.ledger))
     if options.again:
         return repeating.again(options.again, Ledger(options.ledger), options.folder.with_name("again"))
-    ledger = Ledger(options.ledger)
-    if not options.page:
-        try:
-            for name in options.grounds:
-                carried_out(name, ledger, options)
-        except StoppedError as stopped:
-            again = (
-                "run it again without --from-nothing"
-                if options.from_nothing
-                else "run the same command again"
-            )
-            say(f"{stopped} was interrupted; {again} to go on")
-            return 130
+    ledger, stopped = Ledger(options.ledger), None
+    try:
+        for name in () if options.page else options.grounds:
+            carried_out(name, ledger, options)
+    except StoppedError as error:
+        stopped = error
+    # Of an interrupted study too: the page is what the ledger says at any time.
     page.write(ledger)
-    return 0
+    if stopped is None:
+        return 0
+    again = "run it again without --from-nothing" if options.from_nothing else "run the same command again"
+    say(f"{stopped} was interrupted; {again} to go on")
+    return 130
 
 
 def carried_out(name: str, ledger: Ledger, options: argparse.Namespace) -> None:

@@ -84,7 +84,9 @@ def check(ledger: Ledger) -> int:
         if not held
     ]
     for name in wrong:
-        sys.stderr.write(f"{name} is not what docs/evidence.json says; run make evidence\n")
+        sys.stderr.write(
+            f"{name} is not what docs/evidence.json says; run python -m benchmarks.evidence --page\n"
+        )
     return 1 if wrong else 0
 
 

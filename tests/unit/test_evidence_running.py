@@ -195,3 +195,21 @@ def test_only_a_whole_run_from_nothing_is_timed(tmp_path, monkeypatch, changes, 
     assert ("from_nothing" in again.ground("demo")) == timed
     said = "".join(page._made(again, Facts(again, "demo")))
     assert ("One run from nothing to its end: 0 minutes, 2 commands side by side" in said) == timed
+
+
+@pytest.mark.parametrize(("options", "code"), [([], 130), (["--page"], 0)])
+def test_the_page_of_an_interrupted_study_is_what_its_ledger_says(
+    tmp_path, monkeypatch, capsys, options, code
+):
+    path, written = filled(tmp_path / "evidence.json").path, []
+
+    def run(self, only):
+        self.ledger.put("demo", "vaccine", BUILD, {"state": "failed", "key": ""})
+        raise StoppedError("surgery lox")
+
+    monkeypatch.setattr(Study, "run", run)
+    monkeypatch.setattr(page, "write", lambda ledger: written.append(ledger.document))
+    monkeypatch.setattr(sys, "argv", ["evidence", "--ledger", str(path), "--folder", str(tmp_path), *options])
+    assert command.main() == code
+    assert written == [json.loads(path.read_text())]
+    assert ("surgery lox was interrupted" in capsys.readouterr().err) == (code == 130)
