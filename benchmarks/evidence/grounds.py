@@ -166,7 +166,9 @@ DEMO = Ground(
         search_of("vaccine"): Search((("--set", "rho=2,32"),), "vaccine"),
         search_of("t-vaccine"): Search((("--set", "rho=3,48"),), "t-vaccine"),
         search_of("booster"): Search((("--set", "lam=5,20"),), "booster"),
-        search_of("condition-number"): Search((("--set", "lam_ill=0.5,2"),), "condition-number"),
+        search_of("condition-number"): Search(
+            (("--set", "lam_ill=0.5,2"), ("--set", "lam_well=2,20")), "condition-number"
+        ),
     },
     probe=(
         "--limit", "48", "--max-new-tokens", "24", "--max-length", "64", "--attack-steps", "48",
@@ -293,14 +295,15 @@ REAL = Ground(
         ), on="circuit-breakers"),
         search_of("condition-number"): Search(
             (
-                ("--set", "lam_well=2"),
-                ("--set", "lam_well=20"),
-                ("--set", "lam_well=0.5"),
-                ("--set", "lam_well=0.5", "--set", "lam_ill=0"),
-                ("--set", "lam_well=2", "--set", "spare=0.9"),
-                ("--set", "lam_well=0.5", "--set", "lam_ill=2"),
+                ("--set", "lr=5e-4", "--set", "lam_well=2"),
+                ("--set", "lr=5e-4", "--set", "lam_well=0.5"),
+                ("--set", "lr=5e-4", "--set", "lam_well=0.5", "--set", "lam_ill=0"),
+                ("--set", "lr=5e-4", "--set", "lam_well=2", "--set", "spare=0.9"),
+                ("--set", "lr=5e-4", "--set", "lam_well=0.5", "--set", "lam_ill=2"),
+                ("--set", "lr=2e-4", "--set", "lam_well=0.5", "--set", "lam_ill=2"),
+                ("--set", "lr=2e-4", "--set", "lam_well=0.5", "--set", "lam_ill=8"),
             ), "condition-number",
-            fixed=_as_fields("--steps", "60", *_STEP, *_ADAPTER, "--lr", "5e-4"),
+            fixed=_as_fields("--steps", "60", *_STEP, *_ADAPTER),
         ),
         search_of("tar"): Search(
             (("--set", "lr=1e-4"),), "tar",
