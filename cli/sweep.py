@@ -209,7 +209,7 @@ def _write_best(ready: Any, found: dict[str, Any], limits: dict[str, Any], value
     """Write the best trial within the bounds by a run of its own, so that its files are those of the method."""
     from surgery.sweeping import report
     from surgery.sweeping.front import Objective, choose
-    from surgery.sweeping.grid import label
+    from surgery.sweeping.labels import label
 
     best = choose(report.measured(found), limits, Objective("resistance.steps_to_break", "max"))
     ready.write(best.params, values["choose"])

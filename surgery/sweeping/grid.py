@@ -112,21 +112,6 @@ def lox(method: LoX, params: Mapping[str, Any]) -> LoX:
     )
 
 
-def label(params: Mapping[str, Any]) -> str:
-    """A trial in few words, for tables and plots: `r6 a1.5`, `rho 2, steps 40`."""
-    if {"rank", "alpha", "anchor"} <= params.keys():
-        anchor = "" if params["anchor"] == "aligned" else f" {params['anchor']}"
-        head = [f"r{params['rank']} a{params['alpha']:g}{anchor}"]
-    else:
-        head = []
-    rest = (name for name in params if not head or name not in ("rank", "alpha", "anchor"))
-    return ", ".join([*head, *(f"{name} {_short(params[name])}" for name in rest)]) or "as it is"
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _words(text: str, option: str) -> list[str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:

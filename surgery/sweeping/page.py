@@ -5,7 +5,7 @@ from typing import Any
 
 from surgery.pages import figures, page
 from surgery.pages.figures import Series
-from surgery.sweeping.grid import label
+from surgery.sweeping.labels import labels
 
 _ACROSS = ("stability.perplexity_ratio", "stability.over_refusal")
 
@@ -35,22 +35,21 @@ def _plot(trials: list[Mapping[str, Any]], across: str, up: str) -> page.Drawing
         Series("", [value or 0.0 for value in values[0]], values[1]),
         x=across.partition(".")[2].replace("_", " "),
         y="harmful loss after the attack, nats",
-        names=[label(trial["params"]) for trial in trials],
+        names=labels([trial["params"] for trial in trials])[0],
         front=[place for place, trial in enumerate(trials) if trial["front"]],
     )
     return page.Drawing(svg, f"Each trial: {up} against {across}; filled: on the front.")
 
 
 def _table(trials: list[Mapping[str, Any]]) -> page.Section:
-    names = list(dict.fromkeys(name for trial in trials for name in trial["scores"]))
+    scores = list(dict.fromkeys(name for trial in trials for name in trial["scores"]))
+    names, same = labels([trial["params"] for trial in trials])
     rows = [
-        [
-            label(trial["params"]) + (" *" if trial["front"] else ""),
-            *(_cell(trial["scores"].get(name)) for name in names),
-        ]
-        for trial in trials
+        [name + (" *" if trial["front"] else ""), *(_cell(trial["scores"].get(score)) for score in scores)]
+        for name, trial in zip(names, trials, strict=True)
     ]
-    return page.Section("All trials", ["* on the front."], tables=[page.Table(["trial", *names], rows)])
+    told = [*([f"All with {same}."] if same else []), "* on the front."]
+    return page.Section("All trials", told, tables=[page.Table(["trial", *scores], rows)])
 
 
 def _cell(score: Mapping[str, Any] | None) -> str:

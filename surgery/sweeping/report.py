@@ -7,7 +7,7 @@ from typing import Any
 from surgery.documents import write_json, write_text
 from surgery.scores import from_document
 from surgery.sweeping import page
-from surgery.sweeping.grid import label
+from surgery.sweeping.labels import labels
 from surgery.sweeping.study import Measured
 
 SWEEP, RANK = "sweep.json", "effective-rank.json"
@@ -55,7 +55,7 @@ def landscape_table(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def table(found: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each trial; those on the front are marked."""
+    """A line for each trial, those on the front marked; before them what all trials have in common."""
     rate = found["rate"]
     columns = {
         "break": "resistance.steps_to_break",
@@ -65,10 +65,13 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
         "over-refusal": "stability.over_refusal",
         "incoherent": "stability.incoherent_rate",
     }
-    width = max([5, *(len(label(trial["params"])) for trial in found["trials"])])
+    names, same = labels([trial["params"] for trial in found["trials"]])
+    width = max([5, *map(len, names)])
+    if same:
+        yield f"all with {same}"
     yield f"{'':2}{'trial':<{width}}" + "".join(f"{name:>14}" for name in columns)
-    for trial in found["trials"]:
-        start = f"{'*' if trial['front'] else '':2}{label(trial['params']):<{width}}"
+    for name, trial in zip(names, found["trials"], strict=True):
+        start = f"{'*' if trial['front'] else '':2}{name:<{width}}"
         if "error" in trial:
             yield f"{start} failed: {trial['error']}"
         else:

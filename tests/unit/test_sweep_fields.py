@@ -9,7 +9,6 @@ from annotated_doc import Doc
 from surgery.errors import UsageError
 from surgery.methods.lox import LoX
 from surgery.sweeping.fields import lists, product
-from surgery.sweeping.grid import label
 
 
 @dataclass(frozen=True)
@@ -70,16 +69,3 @@ def test_every_combination_is_tried_the_first_field_outermost():
     found = product(lists(["rho=1,2", "steps=3,4"], [Record]))
     assert found == [{"rho": a, "steps": b} for a in (1.0, 2.0) for b in (3, 4)]
     assert product({}) == [{}]
-
-
-@pytest.mark.parametrize(
-    ("params", "text"),
-    [
-        ({"rank": 6, "alpha": 1.5, "anchor": "aligned"}, "r6 a1.5"),
-        ({"rank": "full", "alpha": 2.0, "anchor": "base", "layers": "0:2"}, "rfull a2 base, layers 0:2"),
-        ({"rho": 0.5, "steps": 20}, "rho 0.5, steps 20"),
-        ({}, "as it is"),
-    ],
-)
-def test_trials_are_called_by_what_they_try(params, text):
-    assert label(params) == text
