@@ -10,7 +10,7 @@ from benchmarks.evidence import cost_claims, judging, search_claims
 from benchmarks.evidence.facts import FEW, Facts
 from benchmarks.evidence.grounds import GROUNDS
 from benchmarks.evidence.ledger import Ledger
-from benchmarks.evidence.rows import ANEW, NONE, REROUTED, SFT, named
+from benchmarks.evidence.rows import ANEW, CONDITIONED, NONE, REROUTED, SFT, named
 from benchmarks.evidence.sentences import Claim, innocent, items, less, listed, percent, slow
 
 ALIKE = 1.5
@@ -224,10 +224,29 @@ def reach(facts: Facts) -> str | None:
 
 
 def sparing(facts: Facts) -> str | None:
-    """What it does to Circuit Breakers that its adapter leaves innocent inputs alone: before and after."""
+    """What it does to Circuit Breakers that its adapter leaves innocent inputs alone."""
+    return _before_and_after(
+        facts,
+        REROUTED,
+        "Circuit Breakers beside the same training whose finished adapter is rid of what it does along the "
+        "directions that innocent inputs have most of their energy in (`--spare`)",
+    )
+
+
+def gentler(facts: Facts) -> str | None:
+    """What it does to Condition Number that what shapes innocent states weighs less."""
+    return _before_and_after(
+        facts,
+        CONDITIONED,
+        "Condition Number beside the same training with a hundredth of the weight on R_well",
+    )
+
+
+def _before_and_after(facts: Facts, names: tuple[str, str], told_first: str) -> str | None:
+    """Two rows beside each other: how much slower, and at what price."""
     column = "openings" if facts.figures(NONE, "openings") is not None else "harmful"
     by, told = {"openings": "openings", "harmful": "the sweep"}[column], []
-    for name in REROUTED:
+    for name in names:
         ratio, refused = (
             facts.metric(name, f"stability.{what}") for what in ("perplexity_ratio", "over_refusal")
         )
@@ -238,10 +257,7 @@ def sparing(facts: Facts) -> str | None:
             f"{named(name).title}: {slow(slower)} by {by}, perplexity x {ratio['value']:.3f}, over-refusal "
             f"{percent(refused)}, {innocent(facts, name)} on innocent answers"
         )
-    return (
-        "Circuit Breakers beside the same training whose finished adapter is rid of what it does along the "
-        f"directions that innocent inputs have most of their energy in (`--spare`):{items(told)}"
-    )
+    return f"{told_first}:{items(told)}"
 
 
 def few_harmful_rows(facts: Facts) -> str | None:
@@ -299,5 +315,5 @@ def directions(facts: Facts) -> str | None:
 
 CLAIMS: tuple[Claim, ...] = (
     ceiling, slowest, another_undefended, beyond_the_control, from_the_base, directions, learnt_at_rest, openings,
-    neither, reach, sparing, few_harmful_rows, anchors, *cost_claims.CLAIMS, *search_claims.CLAIMS,
+    neither, reach, sparing, gentler, few_harmful_rows, anchors, *cost_claims.CLAIMS, *search_claims.CLAIMS,
 )  # fmt: skip

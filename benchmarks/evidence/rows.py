@@ -82,6 +82,9 @@ def _lox_on(name: str, title: str) -> Row:
 REROUTED = ("circuit-breakers", "circuit-breakers-sparing")
 """Circuit Breakers as it is, and with innocent inputs spared."""
 
+CONDITIONED = ("condition-number", "condition-number-gentle")
+"""Condition Number as it is, and with less of what shapes innocent states."""
+
 ROWS: tuple[Row, ...] = (
     Row(NONE, "No defence"),
     Row(SFT, "Plain fine-tuning (control)", ("sft", "{aligned}"), claim="nothing"),
@@ -103,6 +106,12 @@ ROWS: tuple[Row, ...] = (
         claim="prompts",
     ),
     _trained("condition-number", "Condition Number", "fine-tuning"),
+    Row(
+        "condition-number-gentle",
+        "Condition Number, lam_well 2",
+        ("condition-number", "{aligned}"),
+        claim="fine-tuning",
+    ),
     _lox_on("vaccine", "Vaccine"),
     _lox_on("circuit-breakers", "Circuit Breakers"),
     Row(

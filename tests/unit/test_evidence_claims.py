@@ -10,7 +10,7 @@ from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import DEMO, GROUNDS, REAL, SEARCH
 from benchmarks.evidence.keys import BUILD
 from benchmarks.evidence.ledger import Ledger
-from benchmarks.evidence.rows import ANEW, NONE, REROUTED, SFT, named
+from benchmarks.evidence.rows import ANEW, CONDITIONED, NONE, REROUTED, SFT, named
 from surgery.scores import proportion
 
 
@@ -155,18 +155,17 @@ def test_the_price_of_the_same_training_at_other_seeds_is_told_beside_its_own(le
 
 
 @pytest.mark.parametrize(("ground", "column"), [(REAL, "openings"), (DEMO, "harmful")])
-def test_what_sparing_innocent_inputs_does_is_told_before_and_after(ledger, ground, column):
-    for row, steps, perplexity in ((NONE, 4, 1.0), (REROUTED[0], 16, 1.1), (REROUTED[1], 8, 1.01)):
-        assert claims.sparing(Facts(ledger, ground.name)) is None
+@pytest.mark.parametrize(("claim", "names"), [(claims.sparing, REROUTED), (claims.gentler, CONDITIONED)])
+def test_what_holding_a_method_back_does_is_told_before_and_after(ledger, ground, column, claim, names):
+    for row, steps, perplexity in ((NONE, 4, 1.0), (names[0], 16, 1.1), (names[1], 8, 1.01)):
+        assert claim(Facts(ledger, ground.name)) is None
         put(ledger, row, column, done(harmful([trial(steps)])), ground)
         put(ledger, row, "evaluate", done(evaluated(0.25, perplexity)), ground)
-    told = claims.sparing(Facts(ledger, ground.name))
+    told = claim(Facts(ledger, ground.name))
     how = {"openings": "openings", "harmful": "the sweep"}[column]
-    assert (
-        f"Circuit Breakers: 4.00 (n 1) by {how}, perplexity x 1.100, over-refusal 25 %, KL 0.02 nats on"
-        in told
-    )
-    assert f"spare innocent inputs: 2.00 (n 1) by {how}, perplexity x 1.010" in told
+    before, after = (named(name).title for name in names)
+    assert f"{before}: 4.00 (n 1) by {how}, perplexity x 1.100, over-refusal 25 %, KL 0.02 nats on" in told
+    assert f"{after}: 2.00 (n 1) by {how}, perplexity x 1.010" in told
 
 
 def test_shares_are_told_apart_by_the_interval_of_their_difference():
