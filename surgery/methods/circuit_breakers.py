@@ -145,8 +145,9 @@ class CircuitBreakers(TrainedMethod):
             f"cosine on harmful rows at {where}, distance on retain rows everywhere"
         )
 
-    def signs(self, last: Mapping[str, float]) -> tuple[str, ...]:
+    def signs(self, first: Mapping[str, float], last: Mapping[str, float]) -> tuple[str, ...]:
         """Says so where harmful states still point where they did in the last step, before anything is spared."""
+        del first
         if last["rerouting"] <= _UNTURNED:
             return ()
         drowned = last["retain"] > {"paper": _LARGE, "tutorial": _LARGE**2}.get(self.form, math.inf)

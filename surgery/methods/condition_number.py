@@ -38,6 +38,10 @@ from surgery.train.losses import answer_loss, answered_count
 from surgery.train.shaping import Shape, shape
 from surgery.train.step import ADAPTED, Batch, Batches, Step, TrainedMethod
 
+# Nats per token that the loss on retain rows may rise by, a step's noise included: at 1.9 SmolLM2-135M had ceased to
+# refuse.
+_UNLEARNT = 1.0
+
 
 @dataclass(frozen=True)
 class ConditionNumber(TrainedMethod):
@@ -88,6 +92,17 @@ class ConditionNumber(TrainedMethod):
         return (
             f"min_w L_retain + {self.lam_well:.12g} R_well(S_retain) + {self.lam_ill:.12g} {ill}(S_harmful), "
             f"S: {moments} over their trace, of hidden states after {where} (an extension of the paper)"
+        )
+
+    def signs(self, first: Mapping[str, float], last: Mapping[str, float]) -> tuple[str, ...]:
+        """Says so where innocent answers are lost to what shapes the hidden states."""
+        if last["retain"] <= first["retain"] + _UNLEARNT:
+            return ()
+        well, ill = self.lam_well * first["well"], abs(self.lam_ill * first["ill"])
+        return (
+            f"retain rose from {first['retain']:.2f} to {last['retain']:.2f} nats: the model unlearns innocent "
+            f"answers and refusals, for a loss that began with {well:.3g} of R_well and {ill:.3g} of R_ill; "
+            f"take a smaller --lam-{'well' if well >= ill else 'ill'}",
         )
 
     def prepare(self, model: nn.Module) -> None:

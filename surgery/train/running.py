@@ -116,12 +116,13 @@ def immunise(
     job = _prepare(method, model, data or {}, output, training, options, columns)
     with ExitStack() as stack:
         result, merged = job.carry_out(stack, progress, merging)
+    history = result["history"]
     return Trained(
         output=job.target,
         adapter=job.kept if training.keep_adapter or options.as_lora else None,
-        history=tuple(result["history"]),
+        history=tuple(history),
         record=job.record(result),
-        notes=(*record.notes(job.sets, job.training), *method.signs(result["history"][-1])),
+        notes=(*record.notes(job.sets, job.training), *method.signs(history[0], history[-1])),
         merged=merged,
         seconds=time.monotonic() - started,
     )

@@ -138,9 +138,9 @@ class TrainedMethod(ABC):
         del seed
         return {name: Stream(own) for name, own in rows.items()}
 
-    def signs(self, last: Mapping[str, float]) -> tuple[str, ...]:
-        """What the last step's terms of the loss warn of, a line each; nothing, if not overridden."""
-        del last
+    def signs(self, first: Mapping[str, float], last: Mapping[str, float]) -> tuple[str, ...]:
+        """What the terms of the loss warn of, of the first step and of the last, a line each; nothing by default."""
+        del first, last
         return ()
 
     @abstractmethod

@@ -200,3 +200,29 @@ def test_targets_are_checked():
         ConditionNumber(targets="0")
     with pytest.raises(UsageError, match="lam-ill is -1"):
         ConditionNumber(lam_ill=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "first", "retain", "advice"),
+    [
+        (
+            ConditionNumber(),
+            {"well": 0.16, "ill": 5.0},
+            2.7,
+            "32 of R_well and 2.5 of R_ill; take a smaller --lam-well",
+        ),
+        (ConditionNumber(lam_well=2.0), {"well": 0.16, "ill": 5.0}, 2.7, "--lam-ill"),
+        (
+            ConditionNumber(form="tutorial"),
+            {"well": 0.001, "ill": -20.0},
+            2.7,
+            "10 of R_ill; take a smaller --lam-ill",
+        ),
+        (ConditionNumber(), {"well": 0.16, "ill": 5.0}, 1.7, None),
+        (ConditionNumber(), {"well": 0.16, "ill": 5.0}, 0.1, None),
+    ],
+)
+def test_a_run_that_unlearns_innocent_answers_says_so(method, first, retain, advice):
+    signs = method.signs({"retain": 0.8, **first}, {"retain": retain, "well": 0.0, "ill": 0.0})
+    assert len(signs) == (advice is not None)
+    assert all("retain rose from 0.80 to 2.70 nats" in sign and advice in sign for sign in signs)
