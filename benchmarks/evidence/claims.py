@@ -233,12 +233,12 @@ def sparing(facts: Facts) -> str | None:
     )
 
 
-def gentler(facts: Facts) -> str | None:
-    """What it does to Condition Number that what shapes innocent states weighs less."""
+def changed_default(facts: Facts) -> str | None:
+    """What it does to Condition Number that its default weighs what shapes innocent states less."""
     return _before_and_after(
         facts,
         CONDITIONED,
-        "Condition Number beside the same training with a hundredth of the weight on R_well",
+        "Condition Number's default for models of real size was changed for this, from lam_well 200 to 2",
     )
 
 
@@ -315,5 +315,5 @@ def directions(facts: Facts) -> str | None:
 
 CLAIMS: tuple[Claim, ...] = (
     ceiling, slowest, another_undefended, beyond_the_control, from_the_base, directions, learnt_at_rest, openings,
-    neither, reach, sparing, gentler, few_harmful_rows, anchors, *cost_claims.CLAIMS, *search_claims.CLAIMS,
+    neither, reach, sparing, changed_default, few_harmful_rows, anchors, *cost_claims.CLAIMS, *search_claims.CLAIMS,
 )  # fmt: skip

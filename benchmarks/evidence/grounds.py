@@ -257,7 +257,7 @@ REAL = Ground(
             "--spare", "0.9",
         ),
         "condition-number": _USUAL,
-        "condition-number-gentle": (*_USUAL, "--lam-well", "2"),
+        "condition-number-200": (*_USUAL, "--lam-well", "200"),
         "mlac": (
             "--first-order", "--inner-steps", "4", "--steps", "20", *_STEP, "--lr", "5e-4", *_ADAPTER,
         ),
@@ -296,7 +296,6 @@ REAL = Ground(
         ), on="circuit-breakers"),
         search_of("condition-number"): Search(
             (
-                ("--set", "lr=5e-4", "--set", "lam_well=2"),
                 ("--set", "lr=5e-4", "--set", "lam_well=0.5"),
                 ("--set", "lr=5e-4", "--set", "lam_well=0.5", "--set", "lam_ill=0"),
                 ("--set", "lr=5e-4", "--set", "lam_well=2", "--set", "spare=0.9"),
@@ -323,7 +322,7 @@ REAL = Ground(
         ("circuit-breakers", "circuit-breakers-sparing", "vaccine", *_COMBINED),
         (search_on("circuit-breakers"),),
         ("circuit-breakers+lox-best",),
-        ("booster", "t-vaccine", "condition-number", search_of("condition-number"), "condition-number-gentle"),
+        ("booster", "t-vaccine", "condition-number", "condition-number-200", search_of("condition-number")),
         ("mlac", "tar", search_of("tar")),
     ),
     one_by_one=True,

@@ -82,8 +82,8 @@ def _lox_on(name: str, title: str) -> Row:
 REROUTED = ("circuit-breakers", "circuit-breakers-sparing")
 """Circuit Breakers as it is, and with innocent inputs spared."""
 
-CONDITIONED = ("condition-number", "condition-number-gentle")
-"""Condition Number as it is, and with less of what shapes innocent states."""
+CONDITIONED = ("condition-number-200", "condition-number")
+"""Condition Number as its default was, and as it is."""
 
 ROWS: tuple[Row, ...] = (
     Row(NONE, "No defence"),
@@ -107,8 +107,8 @@ ROWS: tuple[Row, ...] = (
     ),
     _trained("condition-number", "Condition Number", "fine-tuning"),
     Row(
-        "condition-number-gentle",
-        "Condition Number, lam_well 2",
+        "condition-number-200",
+        "Condition Number, lam_well 200 (its former default)",
         ("condition-number", "{aligned}"),
         claim="fine-tuning",
     ),

@@ -101,7 +101,7 @@ def test_condition_numbers_part_and_an_attack_gains_less_at_first(laboratory):
     """An extension of the paper, whose theory does not cover it: this is what is seen, and no more."""
     before, found = laboratory.model(), {}
     for name, method in (
-        ("on", ConditionNumber()),
+        ("on", ConditionNumber(lam_well=200.0)),
         ("off", ConditionNumber(lam_well=0.0, lam_ill=0.0)),
     ):
         model, _ = laboratory.trained(method, steps=60)

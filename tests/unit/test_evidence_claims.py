@@ -155,7 +155,9 @@ def test_the_price_of_the_same_training_at_other_seeds_is_told_beside_its_own(le
 
 
 @pytest.mark.parametrize(("ground", "column"), [(REAL, "openings"), (DEMO, "harmful")])
-@pytest.mark.parametrize(("claim", "names"), [(claims.sparing, REROUTED), (claims.gentler, CONDITIONED)])
+@pytest.mark.parametrize(
+    ("claim", "names"), [(claims.sparing, REROUTED), (claims.changed_default, CONDITIONED)]
+)
 def test_what_holding_a_method_back_does_is_told_before_and_after(ledger, ground, column, claim, names):
     for row, steps, perplexity in ((NONE, 4, 1.0), (names[0], 16, 1.1), (names[1], 8, 1.01)):
         assert claim(Facts(ledger, ground.name)) is None
