@@ -206,20 +206,20 @@ def test_targets_are_checked():
     ("method", "first", "retain", "advice"),
     [
         (
-            ConditionNumber(),
+            ConditionNumber(lam_well=200.0),
             {"well": 0.16, "ill": 5.0},
             2.7,
             "32 of R_well and 2.5 of R_ill; take a smaller --lam-well",
         ),
-        (ConditionNumber(lam_well=2.0), {"well": 0.16, "ill": 5.0}, 2.7, "--lam-ill"),
+        (ConditionNumber(), {"well": 0.16, "ill": 5.0}, 2.7, "--lam-ill"),
         (
-            ConditionNumber(form="tutorial"),
+            ConditionNumber(lam_well=200.0, form="tutorial"),
             {"well": 0.001, "ill": -20.0},
             2.7,
             "10 of R_ill; take a smaller --lam-ill",
         ),
-        (ConditionNumber(), {"well": 0.16, "ill": 5.0}, 1.7, None),
-        (ConditionNumber(), {"well": 0.16, "ill": 5.0}, 0.1, None),
+        (ConditionNumber(lam_well=200.0), {"well": 0.16, "ill": 5.0}, 1.7, None),
+        (ConditionNumber(lam_well=200.0), {"well": 0.16, "ill": 5.0}, 0.1, None),
     ],
 )
 def test_a_run_that_unlearns_innocent_answers_says_so(method, first, retain, advice):
