@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from surgery.cli import commands, measuring, output
-from surgery.errors import UsageError
+from surgery.errors import CheckError, UsageError
 
 _HELP = """Try many edits of a model in memory and show which are worth having.
 
@@ -131,8 +131,21 @@ def _run(values: dict[str, Any]) -> None:
         for text in report.rank_table(found) if values["effective_rank"] else report.table(found):
             output.line(text)
         output.rows([("output", str(path)) for path in written])
+    if not values["effective_rank"]:
+        _require_one(found)
     if values["choose"] is not None and not values["effective_rank"]:
         _write_best(ready, found, limits, values)
+
+
+def _require_one(found: dict[str, Any]) -> None:
+    """Refuse to call a sweep done of which nothing could be measured.
+
+    Raises:
+        CheckError: Every trial failed.
+    """
+    errors = [trial.get("error") for trial in found["trials"]]
+    if all(errors):
+        raise CheckError(f"none of {len(errors)} trials could be measured; the first: {errors[0]}")
 
 
 def _trained(values: dict[str, Any]) -> Any:

@@ -11,10 +11,10 @@ _ACROSS = ("stability.perplexity_ratio", "stability.over_refusal")
 
 
 def render(found: Mapping[str, Any]) -> str | None:
-    """The page; None where the extra `report` is not installed."""
-    if not figures.available():
-        return None
+    """The page; None where the extra `report` is not installed, or no trial could be measured."""
     good = [trial for trial in found["trials"] if "error" not in trial]
+    if not good or not figures.available():
+        return None
     up = "resistance.harmful_loss"
     drawn = [
         _plot(good, across, up) for across in _ACROSS if all(across in trial["scores"] for trial in good)

@@ -15,7 +15,7 @@ SWEEP, RANK = "sweep.json", "effective-rank.json"
 
 
 def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write `sweep.json`, and `sweep.html` where plots can be drawn; returns what was written."""
+    """Write `sweep.json`, and `sweep.html` where there is a plot to draw; returns what was written."""
     write_json(folder / SWEEP, found)
     html = page.render(found)
     if html is None:
@@ -76,7 +76,8 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"{start} failed: {trial['error']}"
         else:
             yield start + "".join(f"{spelt(trial['scores'].get(name)):>14}" for name in columns.values())
-    yield f"* on the Pareto front of {', '.join(found['objectives'])}"
+    if found["objectives"]:
+        yield f"* on the Pareto front of {', '.join(found['objectives'])}"
 
 
 def rank_table(found: Mapping[str, Any]) -> Iterator[str]:

@@ -188,6 +188,21 @@ def test_a_trained_trial_has_the_weights_of_the_methods_own_command(trainer, tmp
     assert not all(torch.equal(found[name], before[name]) for name in before)  # control
 
 
+@pytest.mark.parametrize(("depths", "code"), [("0.9:0.91", 1), ("0.9:0.91,0:0.5", 0)])
+def test_a_sweep_of_which_nothing_could_be_measured_is_not_called_done(tmp_path, capsys, depths, code):
+    words = ["sweep", "lox", *PAIR.values(), "--rank", "1", "--alpha", "1", "--set", f"depth={depths}"]
+    short = ["--limit", "8", "--attack-steps", "1", "--max-new-tokens", "8"]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, *short, "-o", str(tmp_path / "swept")])
+    told = capsys.readouterr()
+    assert ended.value.code == code
+    assert "failed: depth 0.9:0.91 has the middle of none of the 4 layers" in told.out
+    assert ("none of 1 trials could be measured; the first: depth 0.9:0.91" in told.err) == bool(code)
+    assert ("Pareto front" in told.out) == (not code)
+    assert (tmp_path / "swept" / "sweep.json").is_file()
+    assert not (code and (tmp_path / "swept" / "sweep.html").exists())
+
+
 def test_a_trained_trial_that_fails_leaves_the_model_and_no_files(trainer, tmp_path):
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
