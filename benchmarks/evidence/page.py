@@ -144,7 +144,7 @@ def _ground(facts: Facts, ledger: Ledger) -> Iterator[str]:
             "inputs' energy, which every request shares"
         )
         yield _table(_REACH, facts, _covered("reach", facts))
-    yield "**What it costs**, beside the undefended model; time and memory beside plain fine-tuning (control)"
+    yield "**What it costs**, beside the undefended model; time and memory beside the control, each at its own hour"
     yield _table(_COST, facts)
     for name in facts.ground.searches:
         yield from _search(facts, name)
