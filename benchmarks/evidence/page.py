@@ -3,11 +3,10 @@
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.evidence import claims, plot, searching, sentences
+from benchmarks.evidence import claims, plot, searching, spelling
 from benchmarks.evidence.columns import COLUMNS
 from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import GROUNDS
@@ -18,10 +17,6 @@ from benchmarks.evidence.rows import NONE, Row, named
 ROOT = Path(__file__).parents[2]
 PAGE, README = ROOT / "docs" / "evidence.md", ROOT / "README.md"
 BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
-
-_ABSENT = "*not run*"
-_UNMADE = "*not made*"
-_FAILED = "*failed*"
 
 _HEAD = """# What held, what did not
 
@@ -105,7 +100,7 @@ def readme(ledger: Ledger) -> str:
     trials = len(found["trials"]) if found else 0
     told = claims.slowed(real)
     beside = f"On the other pair, {real.title}, {told}" if told else ""
-    return _README.format(trials=trials, table=_table(_MAIN, facts), beside=beside).strip("\n")
+    return _README.format(trials=trials, table=_table(spelling.MAIN, facts), beside=beside).strip("\n")
 
 
 def _within(text: str, part: str) -> str:
@@ -124,18 +119,18 @@ def _within(text: str, part: str) -> str:
 def _ground(facts: Facts, ledger: Ledger) -> Iterator[str]:
     yield _budget(facts)
     yield "**Resistance**"
-    yield _table(_RESISTANCE, facts)
+    yield _table(spelling.RESISTANCE, facts)
     yield (
         f"**Harmful rows among innocent ones** ({facts.ground.harmful_share} harmful), the threat that Vaccine, "
         f"T-Vaccine and Booster were made for: `{' '.join(facts.ground.mixed)}` beside the harmful rows"
     )
-    yield _table(_MIXED, facts, _covered("mixed", facts))
+    yield _table(spelling.MIXED, facts, _covered("mixed", facts))
     if facts.ground.openings:
         yield (
             "**Until answers open as the attacker's rows do**, when refusals may long be gone: "
             f"`{' '.join(facts.ground.openings)}`"
         )
-        yield _table(_OPENINGS, facts)
+        yield _table(spelling.OPENINGS, facts)
     if facts.ground.reach:
         yield (
             "**What the edits do to inputs**, of each matrix of a linear layer `mean |E x|^2 / mean |W x|^2`: median "
@@ -143,9 +138,9 @@ def _ground(facts: Facts, ledger: Ledger) -> Iterator[str]:
             "innocent ones. *Shared*: the part, on innocent ones, through the few directions that carry half of all "
             "inputs' energy, which every request shares"
         )
-        yield _table(_REACH, facts, _covered("reach", facts))
+        yield _table(spelling.REACH, facts, _covered("reach", facts))
     yield "**What it costs**, beside the undefended model; time and memory beside the control, each at its own hour"
-    yield _table(_COST, facts)
+    yield _table(spelling.COST, facts)
     for name in facts.ground.searches:
         yield from _search(facts, name)
     yield from _made(ledger, facts)
@@ -164,19 +159,16 @@ def _budget(facts: Facts) -> str:
     return " ".join(told)
 
 
-Cell = Callable[[Facts, Row], str]
-
-
 def _covered(name: str, facts: Facts) -> list[Row]:
     """The rows that a column is measured of."""
     column = next(column for column in COLUMNS if column.name == name)
     return [row for row in facts.rows() if column.covers(row.name, facts.ground.name)]
 
 
-def _table(columns: Sequence[tuple[str, Cell]], facts: Facts, rows: Sequence[Row] = ()) -> str:
+def _table(columns: Sequence[tuple[str, spelling.Cell]], facts: Facts, rows: Sequence[Row] = ()) -> str:
     """A line for each row, and one for all those of which nothing was run, or for which nothing was chosen."""
     lines = ["| | " + " | ".join(title for title, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    absent: dict[str, list[str]] = {_ABSENT: [], _UNMADE: []}
+    absent: dict[str, list[str]] = {spelling.ABSENT: [], spelling.UNMADE: []}
     for row in rows or facts.rows():
         cells = [cell(facts, row) for _, cell in columns]
         if len(set(cells)) == 1 and cells[0] in absent:
@@ -187,143 +179,6 @@ def _table(columns: Sequence[tuple[str, Cell]], facts: Facts, rows: Sequence[Row
     return "\n".join(lines) + "".join(
         f"\n\n{state}: {'; '.join(titles)}." for state, titles in absent.items() if titles
     )
-
-
-def _percent(score: dict[str, Any] | None) -> str:
-    if score is None or score["value"] is None:
-        return ""
-    ends = f" ({100 * score['low']:.0f} to {100 * score['high']:.0f})" if score["low"] is not None else ""
-    return f"{100 * score['value']:.0f} %{ends}"
-
-
-def _number(score: dict[str, Any] | None, digits: int, style: str = "f") -> str:
-    if score is None or score.get("value") is None:
-        return ""
-    ends = (score["value"],) if score.get("low") is None else (score["value"], score["low"], score["high"])
-    value, *interval = (f"{end:.{digits}{style}}" for end in ends)
-    return f"{value} ({' to '.join(interval)})" if interval else value
-
-
-def _state(facts: Facts, row: Row, column: str) -> str | None:
-    """What stands in place of a figure that is not there; None where it is."""
-    if facts.nothing_chosen(row):
-        return _UNMADE
-    made = facts.cell(row.name, BUILD)
-    cell = facts.cell(row.name, column)
-    if (made is not None and made["state"] == "failed") or (cell is not None and cell["state"] == "failed"):
-        return _FAILED
-    return _ABSENT if cell is None else None
-
-
-def _of(column: str, spelled: Cell) -> Cell:
-    """A cell that says so where its column was not run."""
-    return lambda facts, row: _state(facts, row, column) or spelled(facts, row)
-
-
-def _steps(facts: Facts, row: Row) -> str:
-    """The fewest steps to break, the most over seeds of that same attack, and over how many attacks."""
-    found = facts.figures(row.name, "harmful")
-    assert found is not None
-    told = found["steps_to_break"]
-    if told["value"] is None:
-        return f"over {told['censored_at']} (n {told['n']})"
-    first = next(trial for trial in found["trials"] if trial["broken_at"] == told["value"])
-    like = [one for one in found["trials"] if (one["kind"], one["lr"]) == (first["kind"], first["lr"])]
-    most = max(one["points"][-1][0] if one["broken_at"] is None else one["broken_at"] for one in like)
-    return f"{told['value']} (to {most} over {len(like)} seed{'s' * (len(like) > 1)}; n {told['n']})"
-
-
-def _slower(column: str) -> Cell:
-    """Steps to break under an attack, in those of the undefended model."""
-
-    def spelled(facts: Facts, row: Row) -> str:
-        found = facts.slowdown(row.name, column=column)
-        beside = f", beside {_lowered(named(row.beside).title)}" if row.beside != NONE else ""
-        return "1" if row.name == NONE else "" if found is None else f"{sentences.slow(found)}{beside}"
-
-    return _of(column, spelled)
-
-
-def _lowered(title: str) -> str:
-    return title[0].lower() + title[1:]
-
-
-def _least(facts: Facts, row: Row) -> str:
-    found = facts.slowdown(row.name)
-    return "" if row.name == NONE or found is None else f"{found.least:.2f}"
-
-
-def _gibberish(facts: Facts, row: Row) -> str:
-    found = facts.figures(row.name, "harmful")
-    return _percent(found["unattacked"].get("incoherent")) if found else ""
-
-
-def _loss(facts: Facts, row: Row) -> str:
-    return _number(facts.loss_there(row.name), 4)
-
-
-def _cost(figure: str) -> Cell:
-    def spelled(facts: Facts, row: Row) -> str:
-        found = facts.cost(row, figure)
-        return "" if found is None else f"{found:.2g} x"
-
-    return spelled
-
-
-def _relative(name: str, digits: int) -> Cell:
-    """A score beside the undefended model's; nothing for that model itself."""
-    return lambda facts, row: "" if row.name == NONE else _number(facts.metric(row.name, name), digits)
-
-
-def _rate(column: str, when: str) -> Cell:
-    """A share complied with under an attack."""
-    return _of(column, lambda facts, row: _percent(facts.rate(row.name, column, when)))
-
-
-def _share(name: str) -> Cell:
-    """A share that the evaluation measured."""
-    return _of("evaluate", lambda facts, row: _percent(facts.metric(row.name, name)))
-
-
-def _reached(name: str, digits: int, style: str = "f") -> Cell:
-    """Of an edit's reach one figure with its quartiles."""
-
-    def spelled(facts: Facts, row: Row) -> str:
-        found = facts.figures(row.name, "reach")
-        return "" if found is None else _number(found[name], digits, style)
-
-    return _of("reach", spelled)
-
-
-_BEFORE = ("ASR before", _rate("harmful", "unattacked"))
-_WORST = ("ASR, worst of the sweep", _rate("harmful", "worst_case"))
-_BREAK = ("fewest steps to break", _of("harmful", _steps))
-_SLOW = ("slow-down", _slower("harmful"))
-_OVER = ("over-refusal", _share("stability.over_refusal"))
-_PERPLEXITY = ("perplexity ratio", _of("evaluate", _relative("stability.perplexity_ratio", 3)))
-
-_MAIN = (_BEFORE, _WORST, _BREAK, _SLOW, _OVER, _PERPLEXITY)
-_RESISTANCE = (
-    _BEFORE, ("gibberish before", _of("harmful", _gibberish)), _WORST, ("harmful loss there", _of("harmful", _loss)),
-    _BREAK, _SLOW, ("least of a setting", _of("harmful", _least)), _OVER,
-    ("ASR after benign fine-tuning", _rate("benign", "worst_case")),
-    ("ASR after refusal ablation", _of("evaluate", lambda facts, row: _percent(facts.ablation(row.name)))),
-)  # fmt: skip
-_MIXED = (("ASR, worst", _rate("mixed", "worst_case")), ("slow-down", _slower("mixed")))
-_OPENINGS = (
-    ("before", _rate("openings", "unattacked")), ("worst", _rate("openings", "worst_case")),
-    ("slow-down", _slower("openings")),
-)  # fmt: skip
-_REACH = (
-    ("change", _reached("change", 1, "e")), ("selectivity", _reached("selectivity", 2)),
-    ("shared", _reached("shared", 2)), ("in share of directions", _reached("directions", 3)),
-)  # fmt: skip
-_COST = (
-    _OVER, _PERPLEXITY, ("KL, nats", _of("evaluate", _relative("stability.kl", 4))),
-    ("benign steps, ratio", _of("evaluate", _relative("trainability.steps_ratio", 2))),
-    ("accuracy learnt", _share("trainability.final_accuracy")),
-    ("time", _of(BUILD, _cost("wall"))), ("memory", _of(BUILD, _cost("peak"))),
-)  # fmt: skip
 
 
 def _search(facts: Facts, name: str) -> Iterator[str]:
@@ -340,7 +195,7 @@ def _search(facts: Facts, name: str) -> Iterator[str]:
         shown = found
         yield f"**{named(search.method).title}** at other settings, by the same short attack"
     if not found:
-        yield f"{_ABSENT}: {len(search.sweeps)} sweeps."
+        yield f"{spelling.ABSENT}: {len(search.sweeps)} sweeps."
         return
     done = f"{len(facts.known[name])} of {len(search.sweeps)} sweeps"
     yield f"{len(found)} settings tried, {done}; `{' '.join((*search.fixed, *facts.ground.probe))}`."
@@ -351,11 +206,12 @@ def _search(facts: Facts, name: str) -> Iterator[str]:
     ]
     for trial in sorted(shown, key=searching.steps):
         scores = trial["scores"]
-        lines.append(
-            f"| {searching.setting(trial, fixed)} | {searching.broken(trial)} | "
-            f"{_number(scores['resistance.harmful_loss'], 3)} | {_number(scores['stability.perplexity_ratio'], 3)} | "
-            f"{_percent(scores['stability.over_refusal'])} |"
+        loss, ratio = (
+            spelling.number(scores[name], 3)
+            for name in ("resistance.harmful_loss", "stability.perplexity_ratio")
         )
+        told = (searching.setting(trial, fixed), searching.broken(trial), loss, ratio)
+        lines.append(f"| {' | '.join(told)} | {spelling.percent(scores['stability.over_refusal'])} |")
     yield "\n".join(lines)
     bases = {trial["params"]["base"] for trial in found if "base" in trial["params"]}
     if bases:
