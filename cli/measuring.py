@@ -141,5 +141,7 @@ def progress(done: int, total: int, text: str) -> None:
 
 def trial(done: int, total: int, measured: Any) -> None:
     """One line for each trial of a sweep."""
-    params = ", ".join(f"{name} {value}" for name, value in measured.params.items())
-    progress(done, total, params + (f": failed, {measured.error}" if measured.error else ""))
+    from surgery.sweeping.labels import label
+
+    failed = f": failed, {measured.error}" if measured.error else ""
+    progress(done, total, f"{label(measured.params)}{failed}")
