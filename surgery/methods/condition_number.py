@@ -106,7 +106,7 @@ class ConditionNumber(TrainedMethod):
         return (
             f"retain rose from {first['retain']:.2f} to {last['retain']:.2f} nats: the model unlearns innocent "
             f"answers and refusals, for a loss that began with {well:.3g} of R_well and {ill:.3g} of R_ill; "
-            f"take a smaller --lam-{'well' if well >= ill else 'ill'}",
+            f"take a smaller --lam-{'well' if well >= ill else 'ill'} or --lr",
         )
 
     def prepare(self, model: nn.Module) -> None:

@@ -358,8 +358,7 @@ def test_without_the_rerouting_term_nothing_is_rerouted(monkeypatch):
     ],
 )
 def test_a_run_that_has_rerouted_nothing_says_so(form, rerouting, retain, advice):
-    last = {"rerouting": rerouting, "retain": retain}
-    signs = CircuitBreakers(form=form).signs({"rerouting": 1.0, "retain": 0.0}, last)
+    signs = CircuitBreakers(form=form).signs({}, {"rerouting": rerouting, "retain": retain})
     assert len(signs) == (advice is not None)
     assert all("0.99" in sign and advice in sign for sign in signs)
 

@@ -12,7 +12,9 @@ from surgery.methods.condition_number import ConditionNumber
 from surgery.train import blocks
 from surgery.train.losses import answer_loss, answered_count
 from surgery.train.moments import moments
+from surgery.train.running import immunise
 from surgery.train.step import Step
+from surgery.train.training import Training
 
 STEP = Step(0, 10)
 STRONG = ConditionNumber(lam_well=50.0, lam_ill=2.0, targets="2,3")
@@ -209,7 +211,7 @@ def test_targets_are_checked():
             ConditionNumber(lam_well=200.0),
             {"well": 0.16, "ill": 5.0},
             2.7,
-            "32 of R_well and 2.5 of R_ill; take a smaller --lam-well",
+            "32 of R_well and 2.5 of R_ill; take a smaller --lam-well or --lr",
         ),
         (ConditionNumber(), {"well": 0.16, "ill": 5.0}, 2.7, "--lam-ill"),
         (
@@ -226,3 +228,13 @@ def test_a_run_that_unlearns_innocent_answers_says_so(method, first, retain, adv
     signs = method.signs({"retain": 0.8, **first}, {"retain": retain, "well": 0.0, "ill": 0.0})
     assert len(signs) == (advice is not None)
     assert all("retain rose from 0.80 to 2.70 nats" in sign and advice in sign for sign in signs)
+
+
+@pytest.mark.parametrize(("lr", "unlearns"), [(5e-2, True), (1e-3, False)])
+def test_a_run_is_judged_by_its_first_step_and_its_last(tmp_path, lr, unlearns):
+    training = Training(steps=6, batch_size=4, lr=lr)
+    done = immunise(ConditionNumber(), model="demo:aligned", output=tmp_path / "out", training=training)
+    first, last = (done.history[at]["retain"] for at in (0, -1))
+    assert (last > first + 1) == unlearns
+    told = f"retain rose from {first:.2f} to {last:.2f} nats"
+    assert any(told in note for note in done.notes) == unlearns
