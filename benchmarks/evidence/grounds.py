@@ -317,13 +317,12 @@ REAL = Ground(
     broken="half of the answers open as the attacker's rows do",
     waves=(
         (NONE, "lox-aligned-1.5"),
-        (SEARCH,),
-        ("lox-best", "sft", "lox-base-1.5", "lox-aligned-1.25", "lox-base-1.25"),
-        ("circuit-breakers", "circuit-breakers-sparing", "vaccine", *_COMBINED),
-        (search_on("circuit-breakers"),),
-        ("circuit-breakers+lox-best",),
-        ("booster", "t-vaccine", "condition-number", "condition-number-200", search_of("condition-number")),
-        ("mlac", "tar", search_of("tar")),
+        (SEARCH, "lox-best", "sft", "lox-base-1.5", "lox-aligned-1.25", "lox-base-1.25"),
+        (
+            *map(search_of, ("condition-number", "tar")), search_on("circuit-breakers"), "circuit-breakers",
+            "circuit-breakers-sparing", "vaccine", *_COMBINED, "circuit-breakers+lox-best", "booster", "t-vaccine",
+            "condition-number", "condition-number-200", "mlac", "tar",
+        ),
     ),
     one_by_one=True,
 )  # fmt: skip

@@ -1,12 +1,11 @@
 """docs/evidence.md and the README's part, made from the ledger and from nothing else."""
 
-import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.evidence import claims, plot, searching, spelling
+from benchmarks.evidence import claims, hours, plot, searching, spelling
 from benchmarks.evidence.columns import COLUMNS
 from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grounds import GROUNDS
@@ -219,14 +218,6 @@ def _search(facts: Facts, name: str) -> Iterator[str]:
         yield "\n".join(f"* {base}: `{' '.join(facts.ground.bases[base])}`" for base in sorted(bases))
 
 
-def _hours(facts: Facts, processes: int) -> float:
-    """What the cells that there are take from nothing, hours of wall time."""
-    walls = [(column, cell.get("wall", 0.0)) for row in facts.known.values() for column, cell in row.items()]
-    models = math.fsum(wall for column, wall in walls if column == BUILD)
-    measured = math.fsum(wall for column, wall in walls if column != BUILD)
-    return (models / (1 if facts.ground.one_by_one else processes) + measured / processes) / 3600
-
-
 def _made(ledger: Ledger, facts: Facts) -> Iterator[str]:
     """What made each row's model, and on what machine for how long."""
     about = ledger.ground(facts.ground.name)["about"]
@@ -236,8 +227,9 @@ def _made(ledger: Ledger, facts: Facts) -> Iterator[str]:
     commits = sorted({cell["commit"] for cell in cells if "commit" in cell})
     yield (
         f"Measured on {about['cores']} cores ({about['processor']}, torch {about['torch']}), {about['processes']} "
-        f"commands side by side{', but models one by one' * facts.ground.one_by_one}: by the times of all commands "
-        f"{_hours(facts, about['processes']):.1f} hours from nothing; commits {', '.join(commits)}."
+        f"commands side by side{', but models one by one' * facts.ground.one_by_one}: by the times of all commands, "
+        f"in the order they run, {hours.from_nothing(facts.ground, facts.known, about['processes']):.1f} hours from "
+        f"nothing; commits {', '.join(commits)}."
     )
     if run := ledger.ground(facts.ground.name).get("from_nothing"):
         yield (
