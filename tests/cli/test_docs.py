@@ -44,10 +44,12 @@ def launched(command):
     assert done.returncode == 0, done.stderr
 
 
-# Pages whose commands measure models, for which the fast tests have no time.
-MEASURING = {"attacks.md", "evaluate.md", "gate.md", "getting-started.md", "sweep.md"}
+# Pages whose commands measure or train models, for which the fast tests have no time.
+LONG = {
+    "attacks.md", "evaluate.md", "gate.md", "getting-started.md", "methods.md", "sweep.md", "training.md",
+}  # fmt: skip
 OFFLINE = [
-    pytest.param(page, marks=pytest.mark.slow) if page.name in MEASURING else page
+    pytest.param(page, marks=pytest.mark.slow) if page.name in LONG else page
     for page in PAGES
     if page.name not in NEED_A_HUB
 ]

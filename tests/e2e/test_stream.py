@@ -68,6 +68,7 @@ def test_a_plan_of_a_stream_downloads_headers_only(surgery_on_hub, pair, tmp_pat
     assert cached_weights(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_stream_that_broke_off_goes_on(surgery_on_hub, pair, tmp_path):
     surgery = surgery_on_hub
     commit = surgery.hub.repositories["org/aligned"].refs["main"]
