@@ -14,7 +14,7 @@ Known = Mapping[str, Mapping[str, Mapping[str, Any]]]
 def from_nothing(ground: Ground, known: Known, processes: int) -> float:
     """Hours of wall time of a run that has none of the cells, without what is made before the first of them.
 
-    A process waits where a wave has nothing left for it; so this is more than the sum over the processes' number.
+    A process waits where a wave has nothing left for it; so this is no less than the sum over the processes' number.
 
     Args:
         ground: Whose waves, each of models, searches and what is measured of the models.
